@@ -1,0 +1,210 @@
+"""Writing model folders: what transformers loads again, whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evomerge.errors import CandidateError, ModelError
+from evomerge.models import save as save_module
+from evomerge.models.checkpoint import Checkpoint
+from evomerge.models.materialize import materialize
+from evomerge.models.resident import OnDisk, Resident
+from evomerge.models.save import save
+from evomerge.recipe import Blend, Layer, Recipe, Source
+
+
+def recipe(names: tuple[str, ...], depths: tuple[int, ...], dtype: str = "bfloat16", method: str = "linear") -> Recipe:
+    """Return a recipe with equal weights everywhere; the first name is the base."""
+    given = Blend(method=method, weights=dict.fromkeys(names[1:], 0.5), parameters={})
+    return Recipe(
+        sources=tuple(Source(name=name, path=name) for name in names[1:]), base=Source(name=names[0], path=names[0]),
+        embedding=given, head=given, dtype=dtype,
+        layers=tuple(Layer(depth=depth, attention=given, mlp=given, other=given) for depth in depths),
+    )  # fmt: skip
+
+
+LLAMA = recipe(("base", "a", "b"), (0, 1, 2))
+
+
+def logits(folder: Path) -> Tensor:
+    """Return a plain transformers model's logits for a fixed prompt."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    with torch.no_grad():
+        return model(torch.arange(2, 12)[None]).logits
+
+
+def live(template: Path, stream: Iterator[tuple[str, Tensor]]) -> Tensor:
+    """Return the logits of a model that the stream was copied into, without any file."""
+    model = AutoModelForCausalLM.from_pretrained(template, dtype="auto").eval()
+    missing = model.load_state_dict(dict(stream), strict=False).missing_keys
+    assert set(missing) <= {"lm_head.weight"}
+    with torch.no_grad():
+        return model(torch.arange(2, 12)[None]).logits
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 4000])
+def test_a_saved_model_answers_like_the_live_one(family: dict[str, Path], tmp_path: Path, shard_bytes: int) -> None:
+    """From one file or from many shards transformers gives the logits of the stream itself, bit for bit."""
+    sources = Resident(family)
+    save(
+        materialize(LLAMA, sources), Checkpoint(family["base"]), tmp_path / "out",
+        dtype="bfloat16", shard_bytes=shard_bytes,
+    )  # fmt: skip
+
+    assert torch.equal(logits(tmp_path / "out"), live(family["base"], materialize(LLAMA, sources)))
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert (len(shards) > 3) == (shard_bytes == 4000)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (len(shards) > 1)
+    if len(shards) > 1:
+        assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+        assert all(shard.stat().st_size < 4000 + 2000 for shard in shards)
+    found = Checkpoint(tmp_path / "out")
+    assert all(torch.equal(found.tensor(name), tensor) for name, tensor in materialize(LLAMA, sources))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt"])
+def test_tied_models_stay_tied(tied: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """The head is not written, and the loaded model's head is its embedding."""
+    paths = {name: tied[name] for name in (f"{kind}0", f"{kind}1")}
+    template = Checkpoint(tied[f"{kind}0"])
+    made = recipe((f"{kind}0", f"{kind}1"), tuple(range(template.depth)), "float32", "task_arithmetic")
+
+    save(materialize(made, OnDisk(paths)), template, tmp_path / "out", dtype="float32")
+
+    assert "lm_head.weight" not in Checkpoint(tmp_path / "out").names
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.dtype == torch.float32
+    assert torch.isfinite(logits(tmp_path / "out")).all()
+
+
+def test_another_depth_is_another_config(family: dict[str, Path], tmp_path: Path) -> None:
+    """A model with repeated layers loads with the depth that it has, and its layers are the source's."""
+    depths = (0, 2, 2, 1, 1)
+    save(
+        materialize(recipe(("base", "a", "b"), depths), Resident(family)), Checkpoint(family["base"]),
+        tmp_path / "out", dtype="bfloat16", depths=depths,
+    )  # fmt: skip
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert len(model.model.layers) == model.config.num_hidden_layers == 5
+    one = model.model.layers[1].mlp.up_proj.weight
+    assert torch.equal(one, model.model.layers[2].mlp.up_proj.weight)
+    assert not torch.equal(one, model.model.layers[3].mlp.up_proj.weight)
+
+
+def test_the_folder_holds_what_a_user_needs(family: dict[str, Path], tmp_path: Path) -> None:
+    """Config with the declared dtype, generation config, a tokenizer that works, further files, nothing else."""
+    made = recipe(("base", "a", "b"), (0, 1, 2), "float16")
+    save(
+        materialize(made, Resident(family)), Checkpoint(family["base"]), tmp_path / "deep" / "out",
+        dtype="float16", extra_files={"README.md": "# täxt\n", "recipe.yaml": "a: 1\n"},
+    )  # fmt: skip
+    out = tmp_path / "deep" / "out"
+
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (family["base"], out))
+    assert after == before | {"dtype": "float16"}
+    assert (out / "README.md").read_text(encoding="utf-8") == "# täxt\n"
+    assert AutoTokenizer.from_pretrained(out)("a")["input_ids"] == [2]
+    assert {file.name for file in out.iterdir()} == {
+        "README.md", "recipe.yaml", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+
+
+def broken(stream: Iterator[tuple[str, Tensor]], problem: BaseException) -> Iterator[tuple[str, Tensor]]:
+    """Yield five tensors and fail."""
+    for _ in range(5):
+        yield next(stream)
+    raise problem
+
+
+@pytest.mark.parametrize("problem", [CandidateError("x"), KeyboardInterrupt(), OSError("disk full")])
+def test_an_interruption_leaves_nothing(family: dict[str, Path], tmp_path: Path, problem: BaseException) -> None:
+    """Whatever ends the stream, no folder is left, neither half nor hidden."""
+    stream = broken(materialize(LLAMA, Resident(family)), problem)
+
+    with pytest.raises(type(problem)):
+        save(stream, Checkpoint(family["base"]), tmp_path / "out", dtype="bfloat16", shard_bytes=2000)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_leaves_no_folder_that_looks_complete(family: dict[str, Path], tmp_path: Path) -> None:
+    """A process that dies in the middle leaves only a hidden folder without config, and the next try succeeds."""
+    pid = os.fork()
+    if pid == 0:
+        save_module._flush = lambda folder: os._exit(9)
+        save(materialize(LLAMA, Resident(family)), Checkpoint(family["base"]), tmp_path / "out", dtype="bfloat16")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+    assert [entry.name for entry in tmp_path.iterdir()] == [f".out.partial-{pid}"]
+    save(materialize(LLAMA, Resident(family)), Checkpoint(family["base"]), tmp_path / "out", dtype="bfloat16")
+    assert Checkpoint(tmp_path / "out").depth == 3
+
+
+def test_an_existing_folder_is_refused_or_replaced_whole(family: dict[str, Path], tmp_path: Path) -> None:
+    """Without `replace` nothing is touched; with it the old folder goes, but only when the new one is ready."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    template, sources = Checkpoint(family["base"]), Resident(family)
+
+    with pytest.raises(ModelError, match="out: exists already; remove it or choose another folder"):
+        save(materialize(LLAMA, sources), template, out, dtype="bfloat16")
+    with pytest.raises(CandidateError):
+        save(broken(materialize(LLAMA, sources), CandidateError("x")), template, out, dtype="bfloat16", replace=True)
+    assert (out / "mine.txt").read_text() == "keep"
+
+    save(materialize(LLAMA, sources), template, out, dtype="bfloat16", replace=True)
+    assert not (out / "mine.txt").exists()
+    assert Checkpoint(out).depth == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_rename_that_fails_keeps_the_old_folder(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder that was to give way comes back if the new one cannot take its place."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    real = os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if "partial" in Path(source).name:
+            raise OSError("no")
+        real(source, target)
+
+    monkeypatch.setattr(save_module.os, "replace", failing)
+    with pytest.raises(OSError, match="no"):
+        save(materialize(LLAMA, Resident(family)), Checkpoint(family["base"]), out, dtype="bfloat16", replace=True)
+
+    assert (out / "mine.txt").read_text() == "keep"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_stream_that_does_not_fit_is_refused(family: dict[str, Path], tmp_path: Path) -> None:
+    """Missing, unknown, doubled, misshapen and wrongly typed tensors are named, and nothing is written."""
+    tensors = dict(materialize(LLAMA, Resident(family)))
+    norm = "model.norm.weight"
+    short = {name: tensor for name, tensor in tensors.items() if name != norm}
+    streams = {
+        "lacks 1 tensors, the first is 'model.norm.weight'": short.items(),
+        "'model.extra' has no place": (*tensors.items(), ("model.extra", torch.zeros(1))),
+        "'model.norm.weight' comes twice": (*tensors.items(), (norm, tensors[norm])),
+        "'model.norm.weight' has shape": {**tensors, norm: torch.zeros(3)}.items(),
+        "is torch.float32, but bfloat16 is declared": {**tensors, norm: tensors[norm].float()}.items(),
+    }
+    for says, stream in streams.items():
+        with pytest.raises(ModelError, match=says):
+            save(stream, Checkpoint(family["base"]), tmp_path / "out", dtype="bfloat16")
+
+        assert list(tmp_path.iterdir()) == []
