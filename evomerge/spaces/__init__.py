@@ -1,0 +1,1 @@
+"""Search spaces: pure and total maps from genomes to recipes."""

@@ -1,0 +1,135 @@
+"""Candidates that nobody searched for: the baselines of every run, and the random genomes of a warm-up."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from evomerge.errors import LedgerError
+from evomerge.genome import Genome, from_unit
+from evomerge.recipe import Recipe, Source, copy_of
+from evomerge.spaces.blend import BlendSpace
+from evomerge.value import value
+
+#: Stream of random numbers of the warm-up; other parts of a run have their own.
+_STREAM = 1
+
+
+@value
+class Proposal:
+    """A candidate before it has a number: where it comes from, what reports call it, and its recipe.
+
+    `genome` is the point of the space that makes this model, where there is one: drivers start from
+    it. A source's genome has one weight of 1, which gives that source up to the rounding of sums.
+    """
+
+    origin: str
+    label: str
+    genome: Genome | None
+    recipe: Recipe
+
+
+class Recorded(Protocol):
+    """What a ledger knows of a proposed candidate; `recipe` is the digest."""
+
+    @property
+    def candidate(self) -> int:
+        """Its number."""
+        ...
+
+    @property
+    def origin(self) -> str:
+        """Who proposed it."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """What reports call it; empty for those of the search."""
+        ...
+
+    @property
+    def genome(self) -> Genome | None:
+        """Its genome, where it has one."""
+        ...
+
+    @property
+    def recipe(self) -> str:
+        """The digest of its recipe."""
+        ...
+
+
+def baselines(space: BlendSpace, models: Sequence[Source], lambdas: Sequence[float]) -> list[Proposal]:
+    """Return what always runs first: each model as it is, the sources' average, single-lambda task arithmetic.
+
+    Args:
+        space: the space of the run; baselines that it can express carry their genome.
+        models: the base and the sources.
+        lambdas: the totals of task arithmetic (Ilharco 2023, section 2); none without a base.
+    """
+    found = [
+        Proposal(
+            origin="source",
+            label=model.name,
+            genome=_genome(space, {source.name: float(source.name == model.name) for source in space.sources}),
+            recipe=copy_of(model, space.depth, space.dtype),
+        )
+        for model in models
+    ]
+    share = {source.name: 1 / len(space.sources) for source in space.sources}
+    found.append(_constant(space, "average", "average", "linear", share))
+    if space.base is None:
+        return found
+    for amount in lambdas:
+        weights = {source.name: float(amount) for source in space.sources}
+        found.append(_constant(space, "arithmetic", f"lambda {amount:g}", "task_arithmetic", weights))
+    return found
+
+
+def warmup(space: BlendSpace, count: int, seed: int) -> list[Proposal]:
+    """Return random genomes, uniform in the unit cube: the rows on which an item bank is fitted."""
+    rng = np.random.default_rng([seed, _STREAM])
+    genomes = [from_unit(space.axes, point) for point in rng.random((count, len(space.axes)))]
+    return [
+        Proposal(origin="warmup", label=f"warm-up {i}", genome=genome, recipe=space.decode(genome))
+        for i, genome in enumerate(genomes)
+    ]
+
+
+def recipe_of(known: Sequence[Proposal], space: BlendSpace, event: Recorded) -> Recipe:
+    """Return the recipe of a candidate that a ledger names.
+
+    Args:
+        known: the baselines of the run.
+        space: its space.
+        event: what the ledger says.
+
+    Raises:
+        LedgerError: if this space does not decode it to the recipe that was scored.
+    """
+    # By origin too: a source may be called "average".
+    named = (proposal for proposal in known if (proposal.origin, proposal.label) == (event.origin, event.label))
+    found = next((proposal.recipe for proposal in named), None)
+    if found is None and event.genome is not None:
+        found = space.decode(event.genome)
+    if found is None or found.digest != event.recipe:
+        raise LedgerError(
+            f"candidate {event.candidate}: the recipe that was scored is {event.recipe}, this experiment makes "
+            f"{found.digest if found else 'none'} of it; use the experiment and the version of the run"
+        )
+    return found
+
+
+def _constant(space: BlendSpace, origin: str, label: str, method: str, weights: Mapping[str, float]) -> Proposal:
+    return Proposal(
+        origin=origin, label=label, genome=_genome(space, weights), recipe=space.constant(method, weights)
+    )
+
+
+def _genome(space: BlendSpace, weights: Mapping[str, float]) -> Genome | None:
+    """Return the genome of a sum of task vectors; with weights that add up to 1 it is an average of sources too."""
+    methods = ["task_arithmetic"]
+    if math.isclose(sum(weights.values()), 1.0):
+        methods.append("linear")
+    genomes = (space.genome_of_constant(method, weights) for method in methods)
+    return next((genome for genome in genomes if genome is not None), None)
