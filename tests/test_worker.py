@@ -1,0 +1,286 @@
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from evomerge.errors import ModelError, TaskError
+from evomerge.evaluation.task import Item, Task
+from evomerge.pool import InlinePool, Job, RayPool
+from evomerge.recipe import Blend, Layer, Recipe, Source, copy_of
+from evomerge.worker import WorkerSetup
+from tests.evaluation.tiny import make_model, save
+
+DEPTH = 3
+NAMES = ("base", "left", "right")
+SUMS = Task(
+    name="sums",
+    kind="multiple_choice",
+    splits={
+        split: tuple(
+            Item(id=f"{split}{i}", prompt=f"{start + i}+1=", answer=str(i % 4), choices=("0", "1", "2", "3"))
+            for i in range(20)
+        )
+        for start, split in ((10, "search"), (50, "validation"))
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Return the folders of a base and two sources."""
+    root = tmp_path_factory.mktemp("models")
+    return {name: save(root / name, make_model(seed=seed)) for seed, name in enumerate(NAMES)}
+
+
+@pytest.fixture(scope="module")
+def words(folders) -> Task:
+    """Return a task of greedy generation that the source `left` answers rightly, by transformers' own account."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folders["left"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folders["left"])
+    items = []
+    for i in range(12):
+        ids = tokenizer(f"word {i * 37}", return_tensors="pt")["input_ids"]
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        items.append(Item(id=f"w{i}", prompt=f"word {i * 37}", answer=text))
+    return Task(name="words", kind="generate", splits={"search": tuple(items)}, max_new_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def setup(folders, words) -> WorkerSetup:
+    """Return what a worker for these models and tasks needs to know."""
+    return WorkerSetup(template=folders["base"], sources=folders, tasks={"sums": SUMS, "words": words}, batch=8)
+
+
+@pytest.fixture(scope="module")
+def worker(setup):
+    """Return one worker for the tests that leave no trace in it."""
+    return setup.make()
+
+
+def source(name: str) -> Source:
+    """Return a source as a recipe names it."""
+    return Source(name=name, path=f"anywhere/{name}")
+
+
+def blended(left: float, right: float) -> Recipe:
+    """Return the recipe base + left * (left - base) + right * (right - base)."""
+    blend = Blend(method="task_arithmetic", weights={"left": left, "right": right}, parameters={})
+    return Recipe(
+        sources=(source("left"), source("right")),
+        base=source("base"),
+        embedding=blend,
+        layers=tuple(Layer(depth=i, attention=blend, mlp=blend, other=blend) for i in range(DEPTH)),
+        head=blend,
+        dtype="float32",
+    )
+
+
+def job(recipe: Recipe, candidate: int = 0, split: str = "search", **items: tuple[int, ...]) -> Job:
+    """Return a job; all items of `sums` by default."""
+    return Job(candidate=candidate, recipe=recipe, split=split, items=items or {"sums": tuple(range(20))})
+
+
+def test_a_copy_of_a_source_gives_that_sources_answers(worker):
+    """The recipe that rebuilds `left` answers all that `left` answers under plain transformers; others do not."""
+    right = worker.answer(job(copy_of(source("left"), DEPTH, "float32"), words=tuple(range(12))))
+    wrong = worker.answer(job(copy_of(source("right"), DEPTH, "float32"), words=tuple(range(12))))
+
+    assert right.error is None
+    assert right.responses == {"words": (1.0,) * 12}
+    assert right.margins == {}
+    assert sum(wrong.responses["words"]) < 6
+
+
+def test_margins_are_those_of_the_merged_model(worker, folders):
+    """Margins equal those of a plain model whose weights were merged by hand from the files."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tensors = {name: load_file(folders[name] / "model.safetensors") for name in NAMES}
+    model = AutoModelForCausalLM.from_pretrained(folders["base"]).eval()
+    merged = {
+        key: base + 0.3 * (tensors["left"][key] - base) + 0.5 * (tensors["right"][key] - base)
+        for key, base in tensors["base"].items()
+    }
+    model.load_state_dict(merged)
+    tokenizer = AutoTokenizer.from_pretrained(folders["base"])
+
+    answer = worker.answer(job(blended(0.3, 0.5), split="validation", sums=(3, 0, 17)))
+
+    for place, margin, value in zip((3, 0, 17), answer.margins["sums"], answer.responses["sums"], strict=True):
+        item = SUMS.splits["validation"][place]
+        with torch.no_grad():
+            log_p = model(**tokenizer(item.prompt, return_tensors="pt")).logits[0, -1].log_softmax(-1)
+        of = {choice: float(log_p[tokenizer.convert_tokens_to_ids(choice)]) for choice in item.choices}
+        assert margin == pytest.approx(of.pop(item.answer) - max(of.values()), abs=1e-3)
+        assert value == float(margin > 0)
+
+
+def test_the_answer_says_whose_it_is(worker):
+    """Candidate, split, order of items and tasks come back as they were asked, with the time it took."""
+    answer = worker.answer(job(blended(1.0, 0.0), 7, sums=(5, 2), words=(1, 3, 0)))
+    swapped = worker.answer(job(blended(1.0, 0.0), 8, sums=(2, 5)))
+
+    assert (answer.candidate, answer.split, answer.error) == (7, "search", None)
+    assert {name: len(own) for name, own in answer.responses.items()} == {"sums": 2, "words": 3}
+    assert swapped.margins["sums"] == pytest.approx(answer.margins["sums"][::-1], abs=1e-4)
+    assert answer.seconds > 0
+
+
+def test_a_candidate_leaves_nothing_to_the_next(setup):
+    """Answers do not depend on what the worker did before, failures on the way included."""
+    first = setup.make().answer(job(blended(0.4, 0.4)))
+    worker = setup.make()
+    worker.answer(job(blended(-0.2, 1.5)))
+    assert worker.answer(job(blended(1e39, 0.4))).error is not None
+
+    again = worker.answer(job(blended(0.4, 0.4)))
+
+    assert (again.responses, again.margins) == (first.responses, first.margins)
+
+
+def test_a_recipe_that_is_live_is_not_built_again(setup, monkeypatch):
+    """Climbing a rung asks the model that is there; another recipe is built, and after a failure so is the same."""
+    worker = setup.make()
+    loads = []
+    load = worker._engine.load
+    monkeypatch.setattr(worker._engine, "load", lambda stream: loads.append(1) or load(stream))
+
+    worker.answer(job(blended(0.4, 0.4), sums=(0, 1)))
+    worker.answer(job(blended(0.4, 0.4), sums=(2, 3)))
+    assert len(loads) == 1
+    worker.answer(job(blended(1e39, 0.4)))
+    worker.answer(job(blended(0.4, 0.4), sums=(0, 1)))
+    assert len(loads) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (job(blended(1e39, 0.0)), "not finite"),
+        (job(blended(1e30, 0.0)), "CandidateError: task 'sums': "),
+        (job(replace(blended(0.4, 0.4), layers=blended(0.4, 0.4).layers[:2])), "ModelError: "),
+        (job(copy_of(source("lefd"), DEPTH, "float32")), "did you mean 'left'?"),
+        (job(blended(0.4, 0.4), sumz=(0,)), "TaskError: task 'sumz' is not among the worker's; did you mean 'sums'?"),
+        (job(blended(0.4, 0.4), sums=(20,)), "TaskError: task 'sums': split 'search' has 20 items, none at place 20"),
+        (job(blended(0.4, 0.4), split="test", sums=(0,)), "TaskError: task 'sums': no split 'test'"),
+    ],
+)
+def test_what_goes_wrong_is_in_the_answer(worker, asked, message):
+    """Candidates and jobs that cannot be answered are answered with the reason, on one line."""
+    answer = worker.answer(asked)
+
+    assert answer.responses is None
+    assert answer.margins == {}
+    assert message in answer.error
+    assert "\n" not in answer.error
+
+
+def test_running_out_of_memory_is_in_the_answer(worker, monkeypatch):
+    """A RuntimeError from the depths of torch is the candidate's failure."""
+
+    def hungry(plan):
+        raise torch.OutOfMemoryError("out of memory.\nTried to allocate 1 TiB")
+
+    monkeypatch.setattr(worker._engine, "answer", hungry)
+
+    assert worker.answer(job(blended(0.4, 0.4))).error == "OutOfMemoryError: out of memory. Tried to allocate 1 TiB"
+
+
+def test_an_interrupt_is_not_an_answer(worker, monkeypatch):
+    """Ctrl-C goes through the worker."""
+
+    def interrupted(plan):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker._engine, "answer", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        worker.answer(job(blended(0.4, 0.4)))
+
+
+def test_a_worker_sets_its_threads(setup):
+    """The number of torch threads is the one in the setup."""
+    before = torch.get_num_threads()
+    try:
+        replace(setup, threads=2).make()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_tasks_may_be_files(setup, tmp_path):
+    """A path in place of a task is read as a task file."""
+    (tmp_path / "rows.jsonl").write_text('{"q": "1+1=", "a": "2", "c": ["1", "2"], "s": "search"}\n')
+    path = tmp_path / "few.yaml"
+    path.write_text("{kind: multiple_choice, data: rows.jsonl, prompt: '{q}', answer: a, choices: c, split: s}")
+
+    answer = replace(setup, tasks={"other": path}).make().answer(job(blended(0.4, 0.4), other=(0,)))
+
+    assert len(answer.responses["other"]) == 1
+
+
+def test_what_a_worker_cannot_start_with_is_an_error(setup, folders, tmp_path):
+    """A missing task file, a missing folder and a source that does not fit stop the making of a worker."""
+    with pytest.raises(TaskError, match="cannot be read"):
+        replace(setup, tasks={"gone": tmp_path / "gone.yaml"}).make()
+    with pytest.raises(ModelError):
+        replace(setup, sources={**folders, "gone": tmp_path / "gone"}).make()
+    odd = save(tmp_path / "odd", make_model(seed=9))
+    tensors = load_file(odd / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].clone()
+    save_file(tensors, odd / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lm_head\.weight"):
+        replace(setup, sources={**folders, "odd": odd}).make()
+
+
+def test_a_setup_is_made_without_torch():
+    """The module imports no heavy library: `--help` and the driver's process stay light."""
+    heavy = ("torch", "transformers", "datasets", "ray")
+    code = f"import sys, evomerge.worker; print([name for name in {heavy} if name in sys.modules])"
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
+
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def ray_session():
+    """One local Ray for the pools of this file."""
+    import ray
+
+    ray.init(
+        num_cpus=2,
+        num_gpus=0,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=100 * 2**20,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_inline_and_ray_give_the_same_answers(setup):
+    """The same jobs get the same bits in this process, and from one or two others."""
+    recipes = [blended(i / 5, 1 - i / 7) for i in range(5)]
+    jobs = [job(recipe, i, sums=tuple(range(20)), words=(3, 1, 2)) for i, recipe in enumerate(recipes)]
+    jobs.append(job(blended(1e39, 0.0), 5))
+    found = []
+    for make in (lambda: InlinePool(setup.make), lambda: RayPool(setup.make, 1), lambda: RayPool(setup.make, 2)):
+        with make() as pool:
+            for asked in jobs:
+                pool.submit(asked)
+            answers = sorted((pool.wait() for _ in jobs), key=lambda answer: answer.candidate)
+        found.append([replace(answer, seconds=0.0) for answer in answers])
+
+    assert found[0] == found[1] == found[2]
+    assert [answer.error is None for answer in found[0]] == [True] * 5 + [False]
