@@ -1,0 +1,1 @@
+"""Scores from responses: item response theory, anchors, estimators with standard errors, and schedules."""
