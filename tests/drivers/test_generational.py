@@ -1,0 +1,100 @@
+"""Generational: what a strategy gets to see, and the helpers that keep a run new and repeatable."""
+
+import numpy as np
+
+from evomerge.drivers import Generational, Problem
+from evomerge.drivers.generational import Seen, generator, latin
+from evomerge.genome import ActiveIf, Choice, Real, Whole
+
+AXES = (Whole(name="k", low=0, high=99),)
+GATED = (
+    Choice(name="method", options=("ties", "linear")),
+    Real(name="density", low=0, high=1, active_if=ActiveIf(axis="method", options=("ties",))),
+)
+
+
+class Recorder:
+    """A strategy that proposes generations of given sizes and writes down what it is taught."""
+
+    def __init__(self, *sizes):
+        self.sizes, self.taught, self.proposals = sizes, [], 0
+
+    def propose(self, generation):
+        """Return numbered genomes."""
+        self.proposals += 1
+        return [(10 * generation + i,) for i in range(self.sizes[generation])]
+
+    def learn(self, generation, genomes, losses):
+        """Write everything down."""
+        self.taught.append((generation, list(genomes), list(losses)))
+
+
+def test_strategy_learns_whole_generations_in_index_order():
+    """Results told backwards reach the strategy in index order, once, with what was told."""
+    strategy = Recorder(3, 2, 0)
+    driver = Generational(strategy, Problem(axes=AXES, objectives=1, seed=0))
+    assert [driver.ask() for _ in range(4)] == [(0,), (1,), (2,), None]
+
+    driver.tell(2, (2,), (0.2,))
+    driver.tell(0, (50,), (0.0,))
+    assert strategy.taught == []
+    driver.tell(1, (1,), None)
+
+    assert strategy.taught == [(0, [(50,), (1,), (2,)], [(0.0,), None, (0.2,)])]
+    assert driver.ask() == (10,)
+    driver.tell(3, (10,), (1.0,))
+    assert driver.ask() == (11,)
+    driver.tell(4, (11,), None)
+    assert strategy.taught[1] == (1, [(10,), (11,)], [(1.0,), None])
+
+
+def test_an_empty_generation_ends_the_run():
+    """Once a strategy proposes nothing it is not asked again."""
+    strategy = Recorder(0)
+    driver = Generational(strategy, Problem(axes=AXES, objectives=1, seed=0))
+
+    assert [driver.ask() for _ in range(3)] == [None] * 3
+    assert strategy.proposals == 1
+
+
+def test_genes_that_do_not_count_do_not_make_a_genome_new():
+    """Two genomes that differ in an inactive axis, or by rounding, are one."""
+    seen = Seen(GATED, [("linear", 0.2)])
+
+    assert not seen.add(("linear", 0.9))
+    assert seen.add(("ties", 0.2))
+    assert not seen.add(("ties", 0.2 + 1e-15))
+    assert seen.add(("ties", 0.9))
+
+
+def test_draw_exhausts_a_finite_space():
+    """Random draws find every genome of a small space once, then no more."""
+    seen = Seen((Whole(name="k", low=0, high=8),), [(4,)])
+
+    drawn = seen.draw(np.random.default_rng(0), 20)
+
+    assert sorted(drawn) == [(k,) for k in range(9) if k != 4]
+    assert seen.draw(np.random.default_rng(1), 1) == []
+
+
+def test_latin_hypercube_has_one_point_per_slice():
+    """Every axis has exactly one point in each of its equal slices."""
+    points = latin(np.random.default_rng(0), 7, 3)
+
+    assert points.shape == (7, 3)
+    assert [sorted((column * 7).astype(int)) for column in points.T] == [list(range(7))] * 3
+
+
+def test_generators_are_functions_of_their_name():
+    """The same name gives the same numbers; any other part of the name gives others."""
+    names = [
+        (1, "cma", 0, "ask"),
+        (2, "cma", 0, "ask"),
+        (1, "tpe", 0, "ask"),
+        (1, "cma", 1, "ask"),
+        (1, "cma", 0, "tell"),
+    ]
+    numbers = [generator(*name).random() for name in names]
+
+    assert len(set(numbers)) == len(names)
+    assert numbers == [generator(*name).random() for name in names]
