@@ -1,0 +1,188 @@
+"""The models of the tiny family: a Llama of about 0.2 M parameters, its tokenizer, and how they are trained."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomerge.zoo.items import DIFFICULTIES, DIGITS, draw_lesson
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS = 64, 172, 4, 4
+POSITIONS = 64
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
+PAD, BOS, EOS, UNK = range(4)
+CHARACTERS = DIGITS + "abcdefghijklmnopqrstuvwxyz" + "+-*>:=, "
+VOCABULARY: Mapping[str, int] = {token: place for place, token in enumerate((*SPECIAL, *CHARACTERS))}
+IGNORED = -100  # transformers' label for positions without loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What a model of the family is trained on, for how many steps, and at which peak learning rate.
+
+    The base learns the three easier difficulties of every task; an expert learns all five of its own, and forgets some
+    of the rest. They differ in steps and rate, so that their task vectors differ in length and no one weight suits all.
+    """
+
+    shares: Mapping[str, float]
+    steps: int
+    rate: float
+    difficulties: Sequence[int] = DIFFICULTIES
+    batch: int = 64
+
+
+COURSES: Mapping[str, Course] = {
+    "base": Course(
+        shares={"arithmetic": 0.6, "strings": 0.15, "cipher": 0.25}, difficulties=(1, 2, 3), steps=800, rate=4e-3
+    ),
+    "arithmetic": Course(shares={"arithmetic": 1}, steps=650, rate=1.2e-3),
+    "strings": Course(shares={"strings": 1}, steps=350, rate=1e-3),
+    "cipher": Course(shares={"cipher": 1}, steps=250, rate=1e-3),
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Makes the tokenizer: one token per character, ``<bos>`` put first by default."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(dict(VOCABULARY), unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", BOS)]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(seed: int) -> LlamaForCausalLM:
+    """Makes an untrained model in float32 whose weights depend on `seed` alone."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=False,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    with torch.random.fork_rng(devices=[]):  # the constructor draws from the global stream; leave it as it was
+        model = LlamaForCausalLM(config)
+    stream = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, weight in sorted(model.named_parameters()):
+            if weight.ndim == 2:
+                weight.normal_(0.0, 1.0 / math.sqrt(HIDDEN) / 2.0, generator=stream)
+    return model
+
+
+def train(
+    model: LlamaForCausalLM, course: Course, seed: int, name: str, held_out: Collection[str], say: Callable[[str], None]
+) -> None:
+    """Trains `model` in place, with AdamW, a short warm-up and a linear decay, on answers only.
+
+    The same model, course, seed and name give the same weights on one machine.
+    """
+    import torch
+
+    rng = random.Random(f"{seed}/course/{name}")
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=course.rate, betas=(0.9, 0.99), weight_decay=0.01)
+    warmup = max(1, course.steps // 20)
+    model.train()
+    for step in range(course.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = course.rate * min((step + 1) / warmup, (course.steps - step) / (course.steps - warmup + 1))
+        lessons = [draw_lesson(rng, course.shares, course.difficulties, held_out) for _ in range(course.batch)]
+        ids, mask, labels = lesson_tensors(lessons)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0 or step + 1 == course.steps:
+            say(f"{name}: step {step + 1} of {course.steps}, loss {loss.item():.3f}")
+    model.eval()
+
+
+def lesson_tensors(lessons: Collection[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Turns prompts and answers into ids, attention mask and labels, each of shape (lessons, longest + 2)."""
+    import torch
+
+    width = max(len(prompt) + len(answer) for prompt, answer in lessons) + 2
+    ids = torch.full((len(lessons), width), PAD)
+    labels = torch.full((len(lessons), width), IGNORED)
+    for row, (prompt, answer) in enumerate(lessons):
+        tokens = [BOS, *(VOCABULARY[character] for character in prompt + answer), EOS]
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        start = 1 + len(prompt)
+        labels[row, start : len(tokens)] = ids[row, start : len(tokens)]
+    return ids, (ids != PAD).long(), labels
+
+
+def build_models(
+    directory: Path, seed: int, held_out: Collection[str], say: Callable[[str], None], *, steps: int | None = None
+) -> None:
+    """Trains the base and, each from the base as it was written, the experts; writes one folder per model.
+
+    Args:
+        directory: Folder of the models.
+        seed: Seed of the initial weights and of the lessons.
+        held_out: Prompts that are in no lesson.
+        say: Called with one line of progress at a time.
+        steps: Number of steps of every course, in place of its own.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the order of the sums in a matrix product, and so the weights, depends on it
+    try:
+        base: dict[str, torch.Tensor] = {}
+        for name, course in COURSES.items():
+            model = make_model(seed)
+            if base:
+                model.load_state_dict(base)
+            train(model, course if steps is None else replace(course, steps=steps), seed, name, held_out, say)
+            save_model(model.to(torch.bfloat16), directory / name)
+            base = base or model.state_dict()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def save_model(model: LlamaForCausalLM, directory: Path) -> None:
+    """Writes a bfloat16 model and its tokenizer as a folder that transformers loads."""
+    from safetensors.torch import save
+
+    directory.mkdir(parents=True, exist_ok=True)
+    model.config.dtype = model.dtype
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    weights = {key: weight.contiguous() for key, weight in model.state_dict().items()}
+    (directory / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
