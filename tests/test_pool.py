@@ -433,6 +433,7 @@ def test_an_interrupt_leaves_no_process(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # so that the signal reaches its whole group, as from a terminal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job is born deaf to Ctrl-C
         env={**os.environ, "PYTHONPATH": str(root)},
     )
     end = time.monotonic() + 120

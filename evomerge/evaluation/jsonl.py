@@ -78,7 +78,7 @@ def read_task(path: Path, name: str | None = None) -> Task:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as problem:
         raise TaskError(f"{path}: cannot be read ({problem.strerror}); give the path of a task file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+    except (yaml.YAMLError, ValueError) as problem:
         raise TaskError(f"{path}: not YAML ({' '.join(str(problem).split())})") from None
     return build_task(parse(TaskFile, data, str(path), TaskError), name or path.stem, path.parent, str(path))
 

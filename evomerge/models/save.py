@@ -150,7 +150,10 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def _flush(folder: Path) -> None:
     """Force files and folder to disk, so that the rename never outlives its content."""
+    mode = (folder / "config.json").stat().st_mode
     for path in (*folder.iterdir(), folder):
+        if path != folder:
+            path.chmod(mode)  # safetensors makes its files for their owner alone, whatever the user's umask says
         _sync(path)
 
 

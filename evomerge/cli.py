@@ -1,0 +1,370 @@
+"""The command line: parses, calls, prints; whatever is slow to import is imported by the command that needs it."""
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from evomerge import __version__, library
+from evomerge.errors import EvomergeError, ExperimentError, InvalidInput, RecipeError
+
+if TYPE_CHECKING:
+    from evomerge.experiment import Experiment
+    from evomerge.ledger import Event
+    from evomerge.pool import Pool
+    from evomerge.report import Progress
+    from evomerge.run import Run
+
+app = typer.Typer(
+    help="Search for the best single models that can be merged from several fine-tuned ones.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+zoo = typer.Typer(help="The tiny models and tasks of the quickstart.", no_args_is_help=True)
+app.add_typer(zoo, name="zoo")
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+#: Seconds between two lines of progress where there is no terminal to redraw.
+_EVERY = 10.0
+
+ExperimentArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of one that `evomerge ls` shows.")]
+RunArgument = Annotated[Path, typer.Argument(help="The folder of a run, like runs/quickstart.")]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Where the folders of runs lie.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="evomerge")
+
+
+def _safely(command: Callable[..., None]) -> Callable[..., None]:
+    """Print an error as one line; exit with 2 for bad input, 1 for the rest, 130 for Ctrl-C."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except EvomergeError as problem:
+            err.print(Text(f"error: {problem}"), soft_wrap=True)
+            raise typer.Exit(2 if isinstance(problem, InvalidInput) else 1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    return run
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        out.print(f"evomerge {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+@_safely
+def run(experiment: ExperimentArgument, runs: RunsOption = Path("runs")) -> None:
+    """Run an experiment, or go on with it where it stopped."""
+    from evomerge.experiment import load
+
+    loaded = load(_file(experiment))
+    _conduct(loaded, runs / loaded.file.name)
+
+
+@app.command()
+@_safely
+def resume(folder: RunArgument) -> None:
+    """Go on with a run where it stopped."""
+    _conduct(_experiment_of(folder), folder)
+
+
+@app.command()
+@_safely
+def status(folder: RunArgument) -> None:
+    """Say how far a run is."""
+    from evomerge.report import render_status
+    from evomerge.run import open_run
+
+    out.print(render_status(open_run(folder)))
+
+
+@app.command()
+@_safely
+def report(folder: RunArgument) -> None:
+    """Show the front of a run beside sources and baselines, and what it cost."""
+    from evomerge.report import render_report
+    from evomerge.run import open_run
+
+    out.print(render_report(open_run(folder)))
+
+
+@app.command()
+@_safely
+def export(
+    folder: RunArgument,
+    front: Annotated[str, typer.Option(help="all, knee, extremes, or candidate numbers (3,17).")] = "all",
+    to: Annotated[Path | None, typer.Option(help="Where to write; default: the run's pareto folder.")] = None,
+) -> None:
+    """Write models of the front as plain folders in the sources' own architecture, as transformers loads them."""
+    from evomerge.run import open_run
+
+    open_run(folder).select(front)  # refuses what is wrong before anything slow is imported
+    _export(_experiment_of(folder), folder, front, to or folder / "pareto")
+
+
+@app.command()
+@_safely
+def check(experiment: ExperimentArgument) -> None:
+    """Check an experiment file, or a recipe, and all that it refers to; nothing is built."""
+    path = _file(experiment)
+    if _is_recipe(path):
+        _check_recipe(path)
+    else:
+        from evomerge.experiment import load
+
+        out.print(_plan(load(path)))
+    out.print(f"{path}: good", soft_wrap=True)
+
+
+@app.command(name="ls")
+@_safely
+def list_library() -> None:
+    """List the search spaces, tasks and experiments that can be named."""
+    table = Table("kind", "name", "what it is", box=None, padding=(0, 2, 0, 0))
+    roots = [library.shipped()]
+    if (here := Path.cwd()) != roots[0] and any((here / kind).is_dir() for kind in library.KINDS):
+        roots.insert(0, here)
+    for kind in library.KINDS:
+        # Of two with one name the workspace's own counts, as it does for `find`.
+        found = {name: path for root in reversed(roots) for name, path in library.names(kind, root)}
+        for name, path in sorted(found.items()):
+            table.add_row(kind, name, library.headline(path))
+    out.print(table)
+
+
+@app.command()
+@_safely
+def show(name: Annotated[str, typer.Argument(help="kind/name, like search_spaces/task_vectors.")]) -> None:
+    """Print a search space, task or experiment that can be named."""
+    kind, _, rest = name.partition("/")
+    if kind not in library.KINDS:
+        found = [(k, path) for k in library.KINDS for known, path in library.names(k) if known == name]
+        if len(found) != 1:
+            kinds = ", ".join(f"{k}/{name}" for k, _ in found) or ", ".join(f"{k}/…" for k in library.KINDS)
+            raise ExperimentError(f"show {name}: give one of {kinds}; see `evomerge ls`")
+        path = found[0][1]
+    else:
+        path = library.find(kind, rest, Path.cwd() / "experiments" / "_", f"show {name}")
+    sys.stdout.write(path.read_text(encoding="utf-8"))
+
+
+@app.command()
+@_safely
+def schema() -> None:
+    """Print the JSON schema of experiment files."""
+    from evomerge.experiment import schema as make
+
+    sys.stdout.write(json.dumps(make(), indent=2) + "\n")
+
+
+@zoo.command()
+@_safely
+def build(
+    directory: Annotated[Path, typer.Argument(help="A new folder for models and tasks.")],
+    seed: Annotated[int, typer.Option(help="The seed of data and training.")] = 0,
+) -> None:
+    """Train the tiny models of the quickstart and write their tasks."""
+    from evomerge.zoo import build as make
+
+    make(directory, seed, out.print)
+
+
+def _file(reference: str) -> Path:
+    """Return the experiment file of a path or a name."""
+    if reference.endswith((".yaml", ".yml")) or Path(reference).is_file():
+        return Path(reference)
+    return library.find("experiments", reference, Path.cwd() / "experiments" / "_", f"experiment {reference}")
+
+
+def _is_recipe(path: Path) -> bool:
+    """Tell a recipe from an experiment; what cannot be read is taken for an experiment, which says why."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError):
+        return False
+    return isinstance(data, dict) and "layers" in data
+
+
+def _check_recipe(path: Path) -> None:
+    """Check a recipe against the headers of its models.
+
+    Raises:
+        InvalidInput: one line with the file and what does not fit.
+    """
+    from evomerge.models.checkpoint import Checkpoint, check_compatible
+    from evomerge.models.materialize import plan
+    from evomerge.recipe import read
+
+    recipe = read(path)
+    named = {source.name: source for source in [*recipe.sources, *([recipe.base] if recipe.base else [])]}
+    try:
+        models = {name: Checkpoint(path.parent / source.path) for name, source in named.items()}
+        for name, source in named.items():
+            if source.fingerprint not in ("", models[name].fingerprint):
+                raise RecipeError(f"model {name!r} in {source.path} is not the one that the recipe was made with")
+        check_compatible(models.get(recipe.base.name) if recipe.base else None, models)
+        first = next(iter(models.values()))
+        plan(recipe, first.names, first.depth)
+    except InvalidInput as problem:
+        raise RecipeError(f"{path}: {problem}") from None
+    out.print(f"{len(recipe.layers)} layers, {recipe.dtype}, of {', '.join(named)}; digest {recipe.digest}")
+
+
+def _experiment_of(folder: Path) -> "Experiment":
+    from evomerge.run import open_run
+
+    open_run(folder)
+    from evomerge.experiment import load
+
+    return load(folder / "experiment.yaml")
+
+
+def _conduct(experiment: "Experiment", folder: Path) -> None:
+    """Run or go on with an experiment in a folder, export its front, and report."""
+    from evomerge.report import Progress, render_report
+    from evomerge.run import Run, open_run
+    from evomerge.search import Search, open_pool, planned_items, prepare
+
+    record = prepare(experiment, folder)
+    with record:
+        before = Run(record.past)
+        out.print(_plan(experiment))
+        if before.finished is None:
+            progress = Progress(planned_items(experiment), experiment.file.budget.candidates)
+            if before.asked:
+                out.print(f"going on with {folder}: {len(before.told)} candidates are scored already")
+            try:
+                with open_pool(experiment) as pool, _Display(progress) as display:
+                    _estimate(experiment, pool, before)
+                    display.begin()
+                    Search(experiment, record, pool, display.add).run()
+            except KeyboardInterrupt:
+                out.print(f"stopped; nothing finished is lost. Go on with: evomerge resume {folder}")
+                raise
+    models = folder / "pareto"
+    if not (models / "index.json").is_file():
+        _export(experiment, folder, experiment.file.export.front, models)
+    out.print(render_report(open_run(folder)))
+    if models.is_dir():
+        out.print(f"models: {models}", soft_wrap=True)
+
+
+class _Display:
+    """Shows progress: redrawn in place on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, progress: "Progress") -> None:
+        self._progress = progress
+        live = Live(console=out, refresh_per_second=4, get_renderable=progress.render)
+        self._live = live if out.is_terminal else None
+        self._last = 0.0
+
+    def __enter__(self) -> "_Display":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None and self._live.is_started:
+            self._live.stop()
+
+    def begin(self) -> None:
+        """Start drawing."""
+        self._progress.start()
+        if self._live is not None:
+            self._live.start()
+
+    def add(self, event: "Event", replayed: bool) -> None:
+        """Take in an event and show it if it is time."""
+        self._progress.add(event, replayed)
+        if self._live is None and not replayed and time.monotonic() - self._last > _EVERY:
+            self._last = time.monotonic()
+            out.print(Text(self._progress.line()), soft_wrap=True)
+
+
+def _estimate(experiment: "Experiment", pool: "Pool", before: "Run") -> None:
+    """Time a few answers and say how long the rest will take."""
+    from evomerge.search import measure_pace
+
+    workers = experiment.file.workers.count if experiment.file.workers.pool == "ray" else 1
+    with out.status("starting the workers …"):
+        pace = measure_pace(experiment, pool, workers)
+    left = pace.seconds(experiment, before.items) / workers
+    out.print(
+        f"estimate: at most {_duration(left)} with {workers} worker{'s' if workers > 1 else ''} "
+        f"({1000 * pace.candidate:.1f} ms a candidate and {1000 * pace.item:.2f} ms an item, measured just now)",
+        soft_wrap=True,
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Return a time in the unit that people would use."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _export(experiment: "Experiment", folder: Path, which: str, to: Path) -> None:
+    from evomerge.export import export_models
+    from evomerge.ledger import read
+    from evomerge.run import Run
+
+    events = read(folder / "ledger.jsonl")
+    run = Run(events)
+    numbers = run.select(which)
+    if not numbers:
+        out.print("no model to export: " + ("none was wanted" if which == "none" else "no merge is in the front"))
+        return
+    export_models(experiment, run, events, numbers, to, lambda text: out.print(f"exported {text}", soft_wrap=True))
+
+
+def _plan(experiment: "Experiment") -> Table:
+    """Return the table of what a run of this experiment is about to do."""
+    from evomerge.search import planned_items
+
+    file, space = experiment.file, experiment.space
+    base = f" over {Path(space.base.path).name}" if space.base else ""
+    items = ", ".join(f"{name} {len(task.splits['search'])}" for name, task in experiment.tasks.items())
+    estimator = file.estimator
+    few = {"p_irt": f"{estimator.anchors} a task after a warm-up of {estimator.warmup} random genomes"}.get(
+        estimator.name, f"{estimator.items or 'all'} a task"
+    )
+    workers = file.workers
+    where = f"{workers.count} Ray" if workers.pool == "ray" else "inline"
+    plan = planned_items(experiment)
+    rows = {
+        "experiment": f"{file.name}, seed {file.seed}",
+        "models": f"{', '.join(source.name for source in space.sources)}{base}; {space.depth} layers, {file.dtype}",
+        "space": f"{len(space.axes)} genes; {', '.join(space.methods)}; {space.knots} {space.profile} "
+        f"over depth, modules {' | '.join('+'.join(m) for m in space.modules)}",
+        "objectives": ", ".join(f"{o.direction} {o.name}" for o in experiment.objectives),
+        "items": f"search split: {items}; estimator {estimator.name}: {few}",
+        "driver": f"{file.driver['name']}, {file.budget.candidates} candidates",
+        "workers": f"{where}, {workers.threads} thread{'s' if workers.threads > 1 else ''} each, {workers.device}",
+        "items to ask": f"at most {sum(plan.values()):,} ({', '.join(f'{k} {v:,}' for k, v in plan.items())})",
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, text in rows.items():
+        table.add_row(Text(name, style="bold"), Text(text))
+    return table

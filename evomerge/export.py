@@ -1,0 +1,239 @@
+"""Writes chosen candidates as model folders, each reloaded and checked against its recorded answers first."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evomerge import __version__
+from evomerge.errors import ExportError, LedgerError
+from evomerge.evaluation.engine import Engine
+from evomerge.evaluation.task import SPLITS
+from evomerge.experiment import Experiment
+from evomerge.ledger import Answered, Event
+from evomerge.models.checkpoint import Checkpoint
+from evomerge.models.materialize import materialize
+from evomerge.models.resident import OnDisk
+from evomerge.models.save import save
+from evomerge.recipe import Recipe, to_yaml
+from evomerge.run import Run
+from evomerge.spaces.proposals import baselines, recipe_of
+from evomerge.value import plain
+
+#: Share of items that may come out differently when a model is reloaded (other batches, other kernels).
+TOLERANCE = 0.01
+
+#: The splits whose answers a reloaded model is compared with: the first for which there are any.
+_SPLITS = ("validation", "test", "search")
+
+
+def export_models(
+    experiment: Experiment,
+    run: Run,
+    events: Sequence[Event],
+    numbers: Sequence[int],
+    directory: Path,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Path]:
+    """Write candidates as model folders that plain transformers loads, and an index of them.
+
+    Each model is written to a hidden folder, reloaded with `AutoModelForCausalLM`, asked the
+    items that it answered in the run, and only then moved into place.
+
+    Args:
+        experiment: the experiment of the run.
+        run: its state.
+        events: its ledger.
+        numbers: the candidates to write.
+        directory: the folder to make or add to.
+        say: called with a line for each model.
+
+    Raises:
+        ExportError: if a reloaded model does not give the answers that were scored.
+        LedgerError: if the experiment does not make the recipe that was scored.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    known = baselines(experiment.space, experiment.baselines, experiment.file.baselines.lambdas)
+    entries, folders = [], []
+    for number in numbers:
+        recipe = recipe_of(known, experiment.space, run.asked[number])
+        folder = directory / _folder_name(run, number)
+        check = _write(experiment, run, recipe, number, _recorded(events, number), folder)
+        entries.append(_entry(run, recipe, number, folder, check))
+        folders.append(folder)
+        say(f"{folder}: reloaded, {check['items']} items asked again, {check['differ']} differ")
+    _replace(directory / "index.json", json.dumps(_index(directory, entries), indent=2) + "\n")
+    _replace(directory / "README.md", _overview(experiment, run, _index(directory, entries)))
+    return folders
+
+
+def _folder_name(run: Run, number: int) -> str:
+    return run.name(number).replace(" ", "-")
+
+
+def _recorded(events: Sequence[Event], number: int) -> Answered:
+    """Return the answers of a candidate that a reloaded model is compared with."""
+    answers = [
+        event
+        for event in events
+        if isinstance(event, Answered) and event.candidate == number and event.error is None
+    ]
+    if not answers:
+        raise LedgerError(f"candidate {number} was never scored; choose one that was, see `evomerge report`")
+    return min(answers, key=lambda event: _SPLITS.index(event.split))
+
+
+def _write(
+    experiment: Experiment, run: Run, recipe: Recipe, number: int, recorded: Answered, folder: Path
+) -> dict[str, int]:
+    """Write one model beside its place, check it, and move it there."""
+    staging = folder.parent / f".{folder.name}.unchecked"
+    names = {source.name for source in recipe.sources} | ({recipe.base.name} if recipe.base else set())
+    sources = OnDisk({name: path for name, path in experiment.folders.items() if name in names})
+    template = Checkpoint(experiment.folders[(recipe.base or recipe.sources[0]).name])
+    device = experiment.file.workers.device
+    stream = ((name, tensor.to("cpu")) for name, tensor in materialize(recipe, sources, device))
+    files = {"recipe.yaml": to_yaml(recipe), "README.md": model_card(experiment, run, recipe, number)}
+    depths = [layer.depth for layer in recipe.layers]
+    try:
+        save(stream, template, staging, dtype=recipe.dtype, extra_files=files, depths=depths, replace=True)
+        check = _check(experiment, staging, recorded)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return check
+
+
+def _check(experiment: Experiment, folder: Path, recorded: Answered) -> dict[str, int]:
+    """Reload a model as its users will and ask it again what it was asked in the run.
+
+    Raises:
+        ExportError: if more than `TOLERANCE` of its answers differ.
+    """
+    settings = experiment.file.workers
+    engine = Engine(
+        folder,
+        experiment.file.dtype,
+        settings.device,
+        settings.batch,
+        trust_remote_code=experiment.file.trust_remote_code,
+        pretrained=True,
+    )
+    everything = experiment.items(recorded.split)
+    differ = items = 0
+    for name, responses in recorded.responses.items():
+        task = experiment.tasks[name]
+        plan = engine.plan(task, recorded.split, recorded.items.get(name, everything[name]))
+        again = [response.value for response in engine.answer(plan)]
+        differ += sum(abs(now - then) > 1e-9 for now, then in zip(again, responses, strict=True))
+        items += len(again)
+    if differ > TOLERANCE * items:
+        raise ExportError(
+            f"candidate {recorded.candidate}: {differ} of {items} answers differ after reloading; not exported. "
+            "Is this the machine and the library versions of the run?"
+        )
+    return {"items": items, "differ": differ}
+
+
+def _entry(run: Run, recipe: Recipe, number: int, folder: Path, check: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "candidate": number,
+        "folder": folder.name,
+        "recipe": recipe.digest,
+        "in_front": run.finished is not None and number in run.finished.front,
+        "reloaded": dict(check),
+        "scores": {
+            split: {name: {**plain(s), "interval": list(s.interval)} for name, s in run.scores(number, split).items()}
+            for split in SPLITS
+        },
+    }
+
+
+def _index(directory: Path, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the index: these models, and those of earlier exports that still lie here."""
+    file = directory / "index.json"
+    old = json.loads(file.read_text(encoding="utf-8"))["models"] if file.is_file() else []
+    new = {entry["folder"] for entry in entries}
+    kept = [entry for entry in old if entry["folder"] not in new and (directory / entry["folder"]).is_dir()]
+    return {"evomerge": __version__, "models": sorted([*kept, *entries], key=lambda entry: entry["candidate"])}
+
+
+def _overview(experiment: Experiment, run: Run, index: Mapping[str, Any]) -> str:
+    tasks = list(experiment.tasks)
+    lines = [
+        f"# Models of the run {experiment.file.name}",
+        "",
+        "Scores on the test split with 95 % intervals; the validation split where a model was not tested.",
+        "",
+        "| model | " + " | ".join(tasks) + " |",
+        "|---|" + "---|" * len(tasks),
+    ]
+    for entry in index["models"]:
+        by_split: Mapping[str, Any] = entry["scores"]
+        scores: Mapping[str, Any] = next((by_split[split] for split in reversed(SPLITS) if by_split[split]), {})
+        cells = ["{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]".format_map(scores[task]) for task in tasks]
+        lines.append(f"| [{entry['folder']}]({entry['folder']}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def model_card(experiment: Experiment, run: Run, recipe: Recipe, number: int) -> str:
+    """Return the README of an exported model: what it is made of, how good it is, how to load it."""
+    methods = sorted({blend.method for blend in recipe.blends()})
+    names = [source.name for source in recipe.sources]
+    split = next((split for split in reversed(SPLITS) if run.scores(number, split)), "search")
+    rows = [
+        f"| {name} | {s.value:.3f} | [{s.interval[0]:.3f}, {s.interval[1]:.3f}] | {s.items} |"
+        for name, s in run.scores(number, split).items()
+    ]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [merge, evomerge]",
+            "---",
+            "",
+            f"# {experiment.file.name}, {run.name(number)}",
+            "",
+            f"A merge of {', '.join(names)}"
+            + (f" over the base {Path(recipe.base.path).name}" if recipe.base else "")
+            + f" by {', '.join(methods)}, found by evomerge {__version__} in the run `{experiment.file.name}` "
+            f"(seed {experiment.file.seed}). `recipe.yaml` says exactly how it was built; digest `{recipe.digest}`.",
+            "",
+            f"## Scores on the {split} split",
+            "",
+            "| task | score | 95 % interval | items |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "The model was chosen on other items than those of the test split.",
+            "",
+            "## Use",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained(".")  # this folder',
+            'tokenizer = AutoTokenizer.from_pretrained(".")',
+            "```",
+            "",
+            "## Sources",
+            "",
+            "| name | files | fingerprint |",
+            "|---|---|---|",
+            *(
+                f"| {source.name} | {Path(source.path).name} | `{source.fingerprint}` |"
+                for source in [*recipe.sources, *([recipe.base] if recipe.base else [])]
+            ),
+            "",
+        ]
+    )
+
+
+def _replace(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)

@@ -1,0 +1,263 @@
+"""The ledger: the append-only record of a run, from which everything else is derived."""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from evomerge.errors import LedgerError, nearest
+from evomerge.genome import Genome
+from evomerge.objective import Objective
+from evomerge.value import Plain, canonical, encoded, parse, plain, value
+
+#: Version of the ledger's form; a ledger of another version is refused.
+FORM = 1
+
+#: Origins of candidates that the search did not propose: the baselines of a run.
+BASELINES = ("source", "average", "arithmetic")
+
+
+@value
+class Started:
+    """A run began: what identifies it, and what its numbers refer to.
+
+    `identity` is the content address of all that decides the course of the run (models,
+    space, objectives, items, driver, estimator, seed). `reference` is the reference point
+    of the hypervolume, as losses. `items` counts the items of each split, task by task.
+    """
+
+    identity: str
+    seed: int
+    objectives: tuple[Objective, ...]
+    reference: tuple[float, ...]
+    items: Mapping[str, Mapping[str, int]]
+    versions: Mapping[str, str]
+    time: float = 0.0
+    form: int = FORM
+
+
+@value
+class Asked:
+    """A candidate was proposed.
+
+    `origin` says by whom: source, average, arithmetic (the baselines), warmup or search.
+    `same_as` names an earlier candidate whose recipe is the same: its answers count for both.
+    """
+
+    candidate: int
+    origin: str
+    label: str
+    genome: tuple[float | int | str, ...] | None
+    recipe: str
+    same_as: int | None = None
+
+
+@value
+class Answered:
+    """A worker answered items of a split for a candidate, or says why it could not.
+
+    `items` holds the items by task; a task that is not in it was asked all items of the split.
+    """
+
+    candidate: int
+    split: str
+    items: Mapping[str, tuple[int, ...]]
+    responses: Mapping[str, tuple[float, ...]]
+    margins: Mapping[str, tuple[float, ...]]
+    error: str | None = None
+    seconds: float = 0.0
+
+
+@value
+class Fitted:
+    """The estimator was fitted on the warm-up: one item bank per task, in plain form."""
+
+    banks: Mapping[str, Plain]
+
+
+@value
+class Told:
+    """A candidate's score became final and was told to the driver; losses None: it failed.
+
+    A score is (value, standard error, number of items).
+    """
+
+    candidate: int
+    losses: tuple[float, ...] | None
+    scores: Mapping[str, tuple[float, ...]]
+
+
+@value
+class Promoted:
+    """Candidates were chosen to be re-scored on a held-out split."""
+
+    split: str
+    candidates: tuple[int, ...]
+
+
+@value
+class Rescored:
+    """A candidate's scores on all items of a held-out split; losses None: it failed there."""
+
+    candidate: int
+    split: str
+    losses: tuple[float, ...] | None
+    scores: Mapping[str, tuple[float, ...]]
+
+
+@value
+class Warned:
+    """Something that the user should know and that did not stop the run."""
+
+    text: str
+
+
+@value
+class Finished:
+    """The run is complete; `front` holds the non-dominated candidates, by the validation split."""
+
+    front: tuple[int, ...]
+    time: float = 0.0
+
+
+Event = Started | Asked | Answered | Fitted | Told | Promoted | Rescored | Warned | Finished
+
+_KINDS: Mapping[str, type[Event]] = {
+    kind.__name__.lower(): kind
+    for kind in (Started, Asked, Answered, Fitted, Told, Promoted, Rescored, Warned, Finished)
+}
+
+
+class Ledger:
+    """A ledger opened for appending, by one process at a time.
+
+    Opening it forgives a torn last line (a write that a crash cut short): the line is
+    removed from the file. A broken line anywhere else is refused.
+
+    Raises:
+        LedgerError: if it cannot be written, another process has it open, or a line is broken.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab")
+        except OSError as problem:
+            raise LedgerError(f"{path}: cannot be written ({problem.strerror}); give another folder") from None
+        try:
+            self._lock()
+            self.past = read(path)
+            self._file.truncate(_whole_bytes(path))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, event: Event) -> None:
+        """Write an event and wait until it is on the disk."""
+        self.write(line(event))
+
+    def write(self, data: bytes) -> None:
+        """Write bytes, flush and fsync."""
+        self._file.write(data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Release the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LedgerError(
+                f"{self._path}: another evomerge is writing this run; wait for it, or stop it first"
+            ) from None
+
+
+def line(event: Event) -> bytes:
+    """Return the line of an event, newline included."""
+    return encoded(canonical({"event": type(event).__name__.lower(), **plain(event)}) + "\n")
+
+
+def read(path: Path) -> tuple[Event, ...]:
+    """Read the events of a ledger; a torn last line is left out.
+
+    Raises:
+        LedgerError: if the file is missing, or a line is broken, naming the line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as problem:
+        raise LedgerError(f"{path}: cannot be read ({problem.strerror}); give the folder of a run") from None
+    lines = data.split(b"\n")[:-1]
+    return tuple(_event(text, f"{path}:{number}") for number, text in enumerate(lines, start=1))
+
+
+def settled(events: Sequence[Event]) -> list[Event]:
+    """Return what two runs of one experiment have in common whatever their timing.
+
+    Timing fields are set to zero, and the answers between two other events, which arrive
+    in any order when several workers are at work, are sorted by candidate.
+    """
+    found: list[Event] = []
+    answers: list[Answered] = []
+    for event in events:
+        if isinstance(event, Answered):
+            answers.append(replace(event, seconds=0.0))
+            continue
+        found += _by_candidate(answers)
+        answers = []
+        found.append(replace(event, time=0.0) if isinstance(event, Started | Finished) else event)
+    return found + _by_candidate(answers)
+
+
+def genome_of(event: Asked) -> Genome:
+    """Return the genome of an asked candidate.
+
+    Raises:
+        LedgerError: if it has none (a source).
+    """
+    if event.genome is None:
+        raise LedgerError(f"candidate {event.candidate} ({event.label}) has no genome")
+    return event.genome
+
+
+def _by_candidate(answers: list[Answered]) -> list[Answered]:
+    return sorted(answers, key=lambda answer: answer.candidate)
+
+
+def _event(text: bytes, place: str) -> Event:
+    try:
+        form = json.loads(text)
+    except (ValueError, RecursionError) as problem:  # ValueError: no JSON, not UTF-8, or an endless number
+        raise LedgerError(
+            f"{place}: broken line ({problem}); restore the file, or delete this line and all after it"
+        ) from None
+    kind = str(form.pop("event", None)) if isinstance(form, dict) else type(form).__name__
+    if kind not in _KINDS:
+        raise LedgerError(f"{place}: unknown event {kind!r}; {nearest(kind, _KINDS)}")
+    if kind == "started" and form.get("form") != FORM:
+        raise LedgerError(
+            f"{place}: written in form {form.get('form')}, this evomerge reads form {FORM}; "
+            "finish the run with the version that began it"
+        )
+    return parse(_KINDS[kind], form, place, LedgerError)
+
+
+def _whole_bytes(path: Path) -> int:
+    """Return the number of bytes up to and including the last newline."""
+    return path.read_bytes().rfind(b"\n") + 1

@@ -1,0 +1,185 @@
+"""Shows a run to people: its state, its front beside the baselines, and its cost, as text tables."""
+
+import time
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from evomerge.ledger import BASELINES, Event
+from evomerge.objective import Z95, Objective
+from evomerge.run import Run
+
+
+def render_status(run: Run) -> RenderableType:
+    """Return a run's state in a few lines."""
+    state = "finished" if run.finished else ("searching" if run.searched else "warming up")
+    if run.promoted and not run.finished:
+        state = "re-scoring the finalists"
+    found, scored = run.front_so_far(), run.scored
+    driven = sum(1 for event in scored if event.origin == "search")
+    table = Table.grid(padding=(0, 2))
+    rows = {
+        "state": state,
+        "candidates": f"{len(scored)} scored, of these {driven} by the driver; {len(run.errors)} failed",
+        "front so far": f"{len(found)} candidates, hypervolume {run.hypervolume(found):.4f} (estimated)",
+        "items asked": f"{sum(run.items.values()):,} ({', '.join(f'{k} {v:,}' for k, v in run.items.items())})",
+        "worker time": f"{run.seconds:.0f} s",
+    }
+    for name, text in rows.items():
+        table.add_row(Text(name, style="bold"), text)
+    return Group(table, *_notes(run))
+
+
+def render_report(run: Run) -> RenderableType:
+    """Return the table of the front beside sources and baselines, and what the run cost."""
+    if run.finished is None:
+        return render_status(run)
+    tested = run.rescored["test"]
+    members = [i for i in run.front() if i in tested]
+    table = Table(title="Scores on the test split, with 95 % intervals", title_justify="left", box=box.SIMPLE)
+    table.add_column("model", no_wrap=True)
+    for objective in run.objectives:
+        # As Text: a name with square brackets would be taken for markup.
+        head = Text(f"{objective.name} {'↑' if objective.direction == 'maximize' else '↓'}")
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("front")
+    for number in sorted(tested, key=lambda i: (run.asked[i].origin not in BASELINES, i)):
+        first_model = number == next((i for i in sorted(members) if run.asked[i].origin not in BASELINES), None)
+        if first_model:
+            table.add_section()
+        table.add_row(
+            Text(run.name(number)),
+            *(cell(run, number, objective, "test") for objective in run.objectives),
+            "yes" if number in members else "",
+        )
+    return Group(table, _volumes(run), _cost(run), *_notes(run))
+
+
+def cell(run: Run, number: int, objective: Objective, split: str) -> str:
+    """Return an objective's value with its 95 % interval, or what there is instead."""
+    if objective.kind == "property":
+        found = run.rescored[split][number].losses if number in run.rescored[split] else None
+        if found is None:
+            return "failed"
+        return f"{objective.loss(found[run.objectives.index(objective)]):,.0f}"
+    score = run.scores(number, split).get(objective.name)
+    if score is None:
+        return "failed"
+    return f"{score.value:.3f} ±{Z95 * score.error:.3f}"
+
+
+def _volumes(run: Run) -> RenderableType:
+    tested = run.rescored["test"]
+    groups = {
+        "front": [i for i in run.models() if i in tested],
+        "sources": [i for i in tested if run.asked[i].origin == "source"],
+        "average": [i for i in tested if run.asked[i].origin == "average"],
+        "tuned single-lambda task arithmetic": [i for i in tested if run.asked[i].origin == "arithmetic"],
+    }
+    groups["all baselines together"] = [i for i in tested if run.asked[i].origin in BASELINES]
+    table = Table(title="Hypervolume on the test split", title_justify="left", show_header=False, box=box.SIMPLE)
+    for name, numbers in groups.items():
+        if numbers:
+            table.add_row(name, f"{run.hypervolume(numbers, 'test'):.4f}")
+    return table
+
+
+def _cost(run: Run) -> RenderableType:
+    total, everything = sum(run.items.values()), run.asking_everything()
+    each, all_items = run.per_candidate()
+    lines = [f"Items asked: {total:,} in the whole run; scoring every candidate on all search items: {everything:,}"]
+    if total:
+        lines[0] += f" ({everything / total:.1f} times as many)."
+    if each:
+        lines.append(
+            f"Items asked of a candidate after the warm-up: {each:.0f} of {all_items:,} "
+            f"({all_items / each:.1f} times fewer)."
+        )
+    lines.append(f"Candidates failed: {len(run.errors)}. Worker time: {run.seconds:.0f} s.")
+    return Text("\n".join(lines))
+
+
+def _notes(run: Run) -> Sequence[RenderableType]:
+    notes = [f"candidate {number} failed: {error}" for number, error in list(run.errors.items())[-3:]]
+    return [Text(line, style="yellow") for line in [*notes, *(f"warning: {text}" for text in run.warnings)]]
+
+
+class Progress:
+    """The live view of a run: what is done, how good it is, how long it will take.
+
+    Args:
+        plan: the items that the run will ask at most, step by step.
+    """
+
+    def __init__(self, plan: Mapping[str, int], candidates: int) -> None:
+        self.run = Run()
+        self._plan = plan
+        self._candidates = candidates
+        self._begun = time.monotonic()
+        self._new = 0
+        # The front costs some milliseconds; it is drawn again only when a candidate was told since.
+        self._seen, self._front = 0, (0, 0.0)
+
+    def start(self) -> None:
+        """Start the clock of this session's rate."""
+        self._begun = time.monotonic()
+
+    def add(self, event: Event, replayed: bool) -> None:
+        """Take in the next event of the run."""
+        before = sum(self.run.items.values())
+        self.run.add(event)
+        if not replayed:
+            self._new += sum(self.run.items.values()) - before
+
+    @property
+    def rate(self) -> float:
+        """Items per second in this session."""
+        return self._new / max(time.monotonic() - self._begun, 1e-9)
+
+    @property
+    def step(self) -> str:
+        """The step that the run is in."""
+        if self.run.promoted:
+            return list(self.run.promoted)[-1]
+        return "search" if self.run.searched else "warm-up"
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left at this session's rate, or infinity before there is one."""
+        steps = list(self._plan)
+        now = steps.index(self.step)
+        ahead = max(self._plan[self.step] - self.run.items[self.step], 0)
+        ahead += sum(self._plan[step] for step in steps[now + 1 :])
+        return ahead / self.rate if self._new else float("inf")
+
+    def line(self) -> str:
+        """Return the view as one line."""
+        return ", ".join([f"{self.step}: {self._done()}", *self._facts()])
+
+    def render(self) -> RenderableType:
+        """Return the view as a bar with the facts below it."""
+        asked, planned = sum(self.run.items.values()), sum(self._plan.values())
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(Text(f"{self.step:>10}", style="bold"), ProgressBar(total=planned, completed=asked, width=40))
+        return Group(bar, Text(f"{self._done()}, {', '.join(self._facts())}"))
+
+    def _done(self) -> str:
+        done = sum(1 for event in self.run.searched if event.candidate in self.run.told)
+        return f"{len(self.run.scored)} candidates scored, {done}/{self._candidates} of the driver's done"
+
+    def _facts(self) -> list[str]:
+        if len(self.run.told) != self._seen:
+            self._seen = len(self.run.told)
+            found = self.run.front_so_far()
+            self._front = len(found), self.run.hypervolume(found)
+        return [
+            f"{len(self.run.errors)} failed",
+            f"front {self._front[0]}",
+            f"hypervolume {self._front[1]:.4f}",
+            f"{self.rate:,.0f} items/s",
+            f"{self.left:.0f} s left" if self.left < float("inf") else "time left: not yet known",
+        ]

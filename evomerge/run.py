@@ -1,0 +1,206 @@
+"""What a ledger says of a run: its candidates, its scores, its front and what it cost."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from evomerge.errors import LedgerError
+from evomerge.ledger import (
+    BASELINES,
+    Answered,
+    Asked,
+    Event,
+    Finished,
+    Fitted,
+    Promoted,
+    Rescored,
+    Started,
+    Told,
+    Warned,
+    read,
+)
+from evomerge.objective import Losses, Objective, Score
+from evomerge.pareto import extremes, front, hypervolume, knee
+
+
+class Run:
+    """What a ledger says of a run, kept up to date event by event."""
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self.started: Started | None = None
+        self.asked: list[Asked] = []
+        self.told: dict[int, Told] = {}
+        self.rescored: dict[str, dict[int, Rescored]] = {"validation": {}, "test": {}}
+        self.promoted: dict[str, tuple[int, ...]] = {}
+        self.errors: dict[int, str] = {}
+        self.warnings: list[str] = []
+        self.finished: Finished | None = None
+        self.seconds = 0.0
+        self.fitted = False
+        self._answered: set[int] = set()
+        #: Items asked so far, by step: warm-up, search, validation, test.
+        self.items = {"warm-up": 0, "search": 0, "validation": 0, "test": 0}
+        for event in events:
+            self.add(event)
+
+    def add(self, event: Event) -> None:
+        """Take in the next event."""
+        match event:
+            case Started():
+                self.started = event
+            case Asked():
+                self.asked.append(event)
+            case Answered():
+                self._count(event)
+            case Fitted():
+                self.fitted = True
+            case Told():
+                self.told[event.candidate] = event
+            case Promoted():
+                self.promoted[event.split] = event.candidates
+            case Rescored():
+                self.rescored[event.split][event.candidate] = event
+            case Warned():
+                self.warnings.append(event.text)
+            case Finished():
+                self.finished = event
+
+    def _count(self, event: Answered) -> None:
+        self.seconds += event.seconds
+        if event.error is not None:
+            self.errors[event.candidate] = event.error
+        step = event.split
+        if step == "search" and self.asked[event.candidate].origin != "search":
+            step = "warm-up"
+        if step == "search" and event.error is None:
+            self._answered.add(event.candidate)
+        self.items[step] += sum(len(responses) for responses in event.responses.values())
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """The objectives, in order."""
+        return self._begun.objectives
+
+    @property
+    def _begun(self) -> Started:
+        if self.started is None:
+            raise LedgerError("the ledger is empty: the run has not begun; start it with `evomerge run`")
+        return self.started
+
+    @property
+    def searched(self) -> list[Asked]:
+        """The candidates that the driver proposed."""
+        return [event for event in self.asked if event.origin == "search"]
+
+    @property
+    def scored(self) -> list[Asked]:
+        """The candidates whose score on the search split is final; failures are left out."""
+        return [event for event in self.asked if (t := self.told.get(event.candidate)) and t.losses is not None]
+
+    def losses(self, origins: Iterable[str], split: str = "search") -> dict[int, Losses]:
+        """Return the losses of candidates on a split, by number; failures are left out."""
+        wanted = set(origins)
+        known: Mapping[int, Told | Rescored] = self.told if split == "search" else self.rescored[split]
+        return {
+            event.candidate: found
+            for event in self.asked
+            if event.origin in wanted and event.candidate in known
+            if (found := known[event.candidate].losses) is not None
+        }
+
+    def hypervolume(self, candidates: Iterable[int], split: str = "search") -> float:
+        """Return the hypervolume that candidates dominate together, from the run's fixed reference point."""
+        known: Mapping[int, Told | Rescored] = self.told if split == "search" else self.rescored[split]
+        found = [known[i].losses for i in candidates if i in known and known[i].losses is not None]
+        if not found:
+            return 0.0
+        return float(hypervolume(np.array(found), self._begun.reference))
+
+    def front_so_far(self) -> list[int]:
+        """Return the non-dominated candidates by the search split's estimates, baselines left out."""
+        found = self.losses(("warmup", "search"))
+        if not found:
+            return []
+        mask = front(np.array(list(found.values())))
+        return [number for number, good in zip(found, mask, strict=True) if good]
+
+    def front(self) -> tuple[int, ...]:
+        """Return the final front, by the validation split.
+
+        Raises:
+            LedgerError: if the run is not finished.
+        """
+        if self.finished is None:
+            raise LedgerError("the run has no front yet: it is not finished; go on with `evomerge resume`")
+        return self.finished.front
+
+    def models(self) -> list[int]:
+        """Return the members of the final front that are merges of the search: those worth a file of their own."""
+        return [i for i in self.front() if self.asked[i].origin not in BASELINES]
+
+    def select(self, which: str) -> list[int]:
+        """Return models of the final front: all, knee, extremes, none, or any candidates by their numbers.
+
+        Raises:
+            LedgerError: for anything else, or a number that is no candidate.
+        """
+        numbers = self.models()
+        matrix = np.array([self.rescored["validation"][i].losses for i in numbers], dtype=np.float64)
+        if which == "none" or (which in ("all", "knee", "extremes") and not numbers):
+            return []
+        if which == "all":
+            return numbers
+        if which == "knee":
+            return [numbers[knee(matrix)]]
+        if which == "extremes":
+            return [numbers[i] for i in sorted({int(i) for i in extremes(matrix)})]
+        return list(dict.fromkeys(self._number(text) for text in which.replace(",", " ").split()))
+
+    def _number(self, text: str) -> int:
+        if text.isdecimal() and int(text) < len(self.asked):
+            return int(text)
+        front_numbers = ", ".join(map(str, self.models()))
+        raise LedgerError(
+            f"--front {text}: give all, knee, extremes, or candidate numbers up to {len(self.asked) - 1} "
+            f"(front: {front_numbers})"
+        )
+
+    def scores(self, number: int, split: str) -> dict[str, Score]:
+        """Return a candidate's scores on a split, by task."""
+        known: Mapping[int, Told | Rescored] = self.told if split == "search" else self.rescored[split]
+        found = known[number].scores.items() if number in known else ()
+        return {task: Score(value=s[0], error=s[1], items=int(s[2])) for task, s in found}
+
+    def name(self, number: int) -> str:
+        """Return what reports call a candidate."""
+        event = self.asked[number]
+        return event.label if event.origin in BASELINES else f"candidate {number}"
+
+    def asking_everything(self) -> int:
+        """Return the items that scoring every candidate on all search items would have asked."""
+        each = sum(self._begun.items["search"].values())
+        return each * sum(1 for event in self.asked if event.same_as is None)
+
+    def per_candidate(self) -> tuple[float, int]:
+        """Return the items asked of a candidate after the warm-up on average, and all search items."""
+        each = sum(self._begun.items["search"].values())
+        return (self.items["search"] / len(self._answered) if self._answered else 0.0), each
+
+
+def open_run(folder: Path) -> Run:
+    """Read the ledger of a run's folder.
+
+    Raises:
+        LedgerError: if there is none, or it is broken.
+    """
+    path = folder / "ledger.jsonl"
+    if not path.is_file():
+        raise LedgerError(f"{folder}: no run lies here (no ledger.jsonl); give a run's folder, like runs/quickstart")
+    try:
+        run = Run(read(path))
+    except (IndexError, KeyError):
+        raise LedgerError(f"{path}: an answer of a candidate or split that was never asked; restore the file") from None
+    if run.started is None:
+        raise LedgerError(f"{path}: the ledger is empty: the run has not begun; start it with `evomerge run`")
+    return run
