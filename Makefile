@@ -1,0 +1,61 @@
+# make demo     set up .venv, then search on the small models that lie here
+# make test     set up .venv with the test extra, then lint and run the tests
+# make lint     ruff, mypy, import floors
+# make torture  kill a run at random moments (EVOMERGE_SEED) and compare its ledger with the uninterrupted one
+# make claims   measure what the README claims
+# make clean    remove what these targets made; runs/ stays
+#
+# PYTHON=python3.12 picks the interpreter of a new .venv.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+EVOMERGE_SEED ?= 0
+export EVOMERGE_SEED
+
+# Quiet, but not about errors.
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+# One thread per process: the results do not depend on the number of cores, and Ray's workers do not fight over them.
+SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := test
+.PHONY: demo test lint torture claims clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/evomerge run experiments/quickstart.yaml
+
+test: lint
+	$(SINGLE) $(BIN)/python -m pytest --cov --cov-report=term
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
+
+torture: $(VENV)/.installed-test
+	$(SINGLE) $(BIN)/python tests/torture.py
+
+claims: $(VENV)/.installed
+	$(BIN)/python experiments/benchmarks/quickstart.py
+
+clean:
+	rm -rf $(VENV) build dist .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "evomerge needs Python 3.11 or later; name one with PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is newer than what it was installed from. Order-only: a later touch of the interpreter asks for nothing.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing into $(VENV), with what the tests need; the first time takes some minutes."
+	@$(INSTALL) -e '.[test]'
+	@touch $@ $(VENV)/.installed

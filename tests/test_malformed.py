@@ -1,0 +1,369 @@
+"""Malformed inputs: each gives one line with file, place and way out, exit code 2, and leaves nothing behind."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from evomerge.cli import app
+from evomerge.models.checkpoint import Checkpoint
+from evomerge.recipe import Source, copy_of, to_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's own folder with the quickstart in it, to be spoilt, and the current folder."""
+    shutil.copytree(ROOT / "experiments/zoo", tmp_path / "experiments/zoo")
+    shutil.copytree(ROOT / "fitness", tmp_path / "fitness")
+    shutil.copytree(ROOT / "search_spaces", tmp_path / "search_spaces")
+    shutil.copy(ROOT / "experiments/quickstart.yaml", tmp_path / "experiments")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(command: list[str], *parts: str) -> None:
+    """Run a command and check that it is refused in one line that holds these parts."""
+    before = _files()
+    result = CliRunner().invoke(app, command)
+
+    assert result.exit_code == 2, result.output + result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+    assert _files() == before
+
+
+def _files() -> dict[str, bytes]:
+    """Return every file below the current folder; the lock of a ledger leaves an empty file that says nothing."""
+    return {str(path): path.read_bytes() for path in sorted(Path.cwd().rglob("*")) if path.is_file()}
+
+
+def edit(file: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a YAML or JSON file in place."""
+    path = Path(file)
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    change(data)
+    dump = json.dumps if path.suffix == ".json" else yaml.safe_dump
+    path.write_text(dump(data), encoding="utf-8")
+
+
+QUICKSTART = "experiments/quickstart.yaml"
+TENSOR = "model.layers.0.mlp.up_proj.weight"
+
+
+def set_key(*keys: str, to: Any) -> Callable[[dict[str, Any]], object]:
+    """Return a change that sets a key of a nested mapping."""
+
+    def change(data: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            data = data[key]
+        data[keys[-1]] = to
+
+    return change
+
+
+#: Name, change of the experiment file, and what the line must say: where, what, and the way out.
+EXPERIMENTS: list[tuple[str, Callable[[dict[str, Any]], object], tuple[str, ...]]] = [
+    ("unknown key", set_key("buget", to={"candidates": 3}), ("buget", "unknown key", "did you mean 'budget'?")),
+    (
+        "unknown nested key",
+        set_key("workers", "thread", to=2),
+        ("workers.thread", "unknown key", "did you mean 'threads'?"),
+    ),
+    ("missing key", lambda data: data.pop("models"), ("models", "missing", "evomerge schema")),
+    ("wrong type", set_key("budget", "candidates", to="many"), ("budget.candidates", "integer", "'many'")),
+    ("number too small", set_key("budget", "candidates", to=0), ("budget.candidates", "greater than or equal to 1")),
+    ("unknown value", set_key("dtype", to="float23"), ("dtype", "'float23'", "did you mean 'float32'?")),
+    ("unknown driver", set_key("driver", "name", to="nsga"), ("driver.name", "'nsga'", "did you mean 'nsga2'?")),
+    (
+        "unknown driver setting",
+        set_key("driver", to={"name": "nsga2", "populaton": 8}),
+        ("driver.populaton", "unknown key", "did you mean 'population'?"),
+    ),
+    (
+        "driver setting too small",
+        set_key("driver", to={"name": "nsga2", "population": 1}),
+        ("driver", "'population' must be at least 2, got 1"),
+    ),
+    ("unknown space", set_key("space", to="task_vector"), ("space", "'task_vector'", "did you mean 'task_vectors'?")),
+    (
+        "unknown method",
+        set_key("space", to={"methods": ["tie"]}),
+        ("space.methods[0]", "'tie'", "did you mean 'ties'?"),
+    ),
+    (
+        "parameter of no method",
+        set_key("space", to={"methods": ["ties"], "parameters": {"denstiy": {"low": 0.1, "high": 0.9}}}),
+        ("space.parameters.denstiy", "did you mean 'density'?"),
+    ),
+    (
+        "bounds upside down",
+        set_key("space", to={"methods": ["ties"], "weight": {"low": 1.0, "high": 0.0}}),
+        ("space", "low <= high", "[1.0, 0.0]"),
+    ),
+    (
+        "too many knots",
+        set_key("space", to={"methods": ["ties"], "knots": 99}),
+        ("space", "knots must lie in [1, ", "got 99"),
+    ),
+    (
+        "a module left out",
+        set_key("space", to={"methods": ["ties"], "modules": [["attention"], ["mlp"]]}),
+        ("space", "modules must hold each of attention, mlp, other once"),
+    ),
+    (
+        "task vectors without a base",
+        lambda data: data["models"].pop("base"),
+        ("space.methods[0]", "task_arithmetic", "give models.base"),
+    ),
+    (
+        "unknown task",
+        set_key("objectives", to=[{"task": "arithmetics"}]),
+        ("objectives.0.task", "'arithmetics'", "did you mean 'arithmetic'?"),
+    ),
+    (
+        "neither task nor property",
+        set_key("objectives", to=[{"direction": "maximize"}]),
+        ("objectives.0", "give either task or property"),
+    ),
+    (
+        "a task twice",
+        set_key("objectives", to=[{"task": "cipher"}, {"task": "cipher"}]),
+        ("objectives.1", "second objective 'cipher'", "another name"),
+    ),
+    (
+        "more items than there are",
+        set_key("splits", to={"test": 5000}),
+        ("objectives.0", "test items", "splits.test wants 5000"),
+    ),
+    (
+        "missing model folder",
+        set_key("models", "sources", "cipher", to="zoo/cypher"),
+        ("models.sources.cipher", "zoo/cypher", "did you mean 'cipher'?"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "parts"), [row[1:] for row in EXPERIMENTS], ids=[row[0] for row in EXPERIMENTS])
+@pytest.mark.usefixtures("workspace")
+def test_a_malformed_experiment_is_refused(
+    change: Callable[[dict[str, Any]], object], parts: tuple[str, ...]
+) -> None:
+    """`run` says file, key path and the way out, and makes no run folder."""
+    edit(QUICKSTART, change)
+
+    refused(["run", QUICKSTART], QUICKSTART, *parts)
+
+
+def _no_yaml(_: Path) -> tuple[str, ...]:
+    Path(QUICKSTART).write_text("name: [quickstart\nseed: 0\n", encoding="utf-8")
+    return QUICKSTART, "not YAML"
+
+
+def _key_twice(_: Path) -> tuple[str, ...]:
+    with Path(QUICKSTART).open("a", encoding="utf-8") as file:
+        file.write("seed: 1\n")
+    return QUICKSTART, "'seed' is given twice"
+
+
+def _binary(_: Path) -> tuple[str, ...]:
+    Path(QUICKSTART).write_bytes(b"\xff\xfe\x00")
+    return QUICKSTART, "not a text file"
+
+
+def _no_file(_: Path) -> tuple[str, ...]:
+    Path(QUICKSTART).unlink()
+    return QUICKSTART, "cannot be read", "evomerge ls"
+
+
+def _data_missing(_: Path) -> tuple[str, ...]:
+    Path("fitness/zoo/cipher.jsonl").unlink()
+    return ("cipher.jsonl",)
+
+
+def _row_without_answer(_: Path) -> tuple[str, ...]:
+    path = Path("fitness/zoo/cipher.jsonl")
+    rows = path.read_text(encoding="utf-8").splitlines()
+    row = json.loads(rows[4])
+    row["anwser"] = row.pop("answer")
+    rows[4] = json.dumps(row)
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return "cipher.jsonl", "row 5", "'answer'"
+
+
+def _unknown_split(_: Path) -> tuple[str, ...]:
+    path = Path("fitness/zoo/cipher.jsonl")
+    path.write_text(path.read_text(encoding="utf-8").replace('"search"', '"serach"', 1), encoding="utf-8")
+    return "cipher.jsonl", "row ", "'serach'", "did you mean 'search'?"
+
+
+def _task_key(_: Path) -> tuple[str, ...]:
+    edit("fitness/cipher.yaml", lambda data: data.update(max_tokens=3))
+    return "cipher.yaml", "max_tokens", "did you mean 'max_new_tokens'?"
+
+
+def _no_config(zoo: Path) -> tuple[str, ...]:
+    (zoo / "cipher/config.json").unlink()
+    return "models.sources.cipher", "config.json"
+
+
+def _no_tensors(zoo: Path) -> tuple[str, ...]:
+    (zoo / "cipher/model.safetensors").unlink()
+    return "cipher", "safetensors"
+
+
+def _pickle(zoo: Path) -> tuple[str, ...]:
+    (zoo / "cipher/model.safetensors").rename(zoo / "cipher/pytorch_model.bin")
+    return "cipher", "safetensors", "convert"
+
+
+def _truncated(zoo: Path) -> tuple[str, ...]:
+    path = zoo / "cipher/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return "cipher/model.safetensors", "bytes where its header says", "copy it again"
+
+
+def _shard_missing(zoo: Path) -> tuple[str, ...]:
+    names = list(load_file(zoo / "cipher/model.safetensors"))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
+    (zoo / "cipher/model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (zoo / "cipher/model.safetensors").unlink()
+    return "cipher", "model-00001-of-00002.safetensors"
+
+
+def _other_shape(zoo: Path) -> tuple[str, ...]:
+    _rewrite(zoo, lambda tensors: tensors.update({TENSOR: tensors[TENSOR][:-1].contiguous()}))
+    return "cipher", TENSOR, "shape"
+
+
+def _tensor_missing(zoo: Path) -> tuple[str, ...]:
+    _rewrite(zoo, lambda tensors: tensors.pop(TENSOR))
+    return "cipher", TENSOR
+
+
+def _other_depth(zoo: Path) -> tuple[str, ...]:
+    edit(str(zoo / "cipher/config.json"), lambda data: data.update(num_hidden_layers=2))
+    return "cipher", "layers"
+
+
+def _other_tokenizer(zoo: Path) -> tuple[str, ...]:
+    path = zoo / "cipher/tokenizer.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = data["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return "cipher", "tokenizer"
+
+
+def _rewrite(zoo: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = zoo / "cipher/model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+SPOILT_FILES = [
+    _no_yaml, _key_twice, _binary, _no_file, _data_missing, _row_without_answer, _unknown_split, _task_key,
+    _no_config, _no_tensors, _pickle, _truncated, _shard_missing, _other_shape, _tensor_missing, _other_depth,
+    _other_tokenizer,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", SPOILT_FILES, ids=[spoil.__name__.strip("_") for spoil in SPOILT_FILES])
+def test_a_spoilt_file_is_refused(spoil: Callable[[Path], tuple[str, ...]], workspace: Path) -> None:
+    """Broken YAML, tasks and model folders are found before a run folder is made."""
+    refused(["run", QUICKSTART], *spoil(workspace / "experiments/zoo"))
+
+
+def _recipe(workspace: Path) -> dict[str, Any]:
+    folder = workspace / "experiments/zoo/cipher"
+    checkpoint = Checkpoint(folder)
+    source = Source(name="cipher", path=str(folder), fingerprint=checkpoint.fingerprint)
+    data: dict[str, Any] = yaml.safe_load(to_yaml(copy_of(source, checkpoint.depth, "float32")))
+    return data
+
+
+def _copied(data: dict[str, Any]) -> dict[str, Any]:
+    """Undo the sharing of equal blends, so that one can be changed alone."""
+    copy: dict[str, Any] = json.loads(json.dumps(data))
+    return copy
+
+
+RECIPES: list[tuple[str, Callable[[dict[str, Any]], object], tuple[str, ...]]] = [
+    ("unknown key", set_key("sede", to=1), ("sede", "unknown key", "did you mean 'seed'?")),
+    ("missing key", lambda data: data.pop("head"), ("head", "missing")),
+    ("unknown method", set_key("head", "method", to="liner"), ("'liner'", "did you mean 'linear'?")),
+    ("unknown parameter", set_key("head", "parameters", to={"normalise": 1.0}), ("normalise", "'normalize'")),
+    ("a source that is not there", set_key("head", "weights", to={"cypher": 1.0}), ("'cypher'", "not a source")),
+    ("a later version", set_key("version", to=7), ("version 7", "reads version 1")),
+    ("unknown dtype", set_key("dtype", to="float8"), ("'float8'", "use one of")),
+    ("a layer that no source has", lambda data: data["layers"][0].update(depth=99), ("layer 99", "layers")),
+    ("another model", lambda data: data["sources"][0].update(fingerprint="0" * 16), ("cipher", "is not the one")),
+    ("a number that is none", set_key("head", "weights", to={"cipher": "1,0"}), ("head.weights.cipher", "'1,0'")),
+]
+
+
+def test_the_recipe_that_is_spoilt_below_is_good(workspace: Path) -> None:
+    """Without a change `check` accepts the recipe."""
+    Path("recipe.yaml").write_text(yaml.safe_dump(_recipe(workspace)), encoding="utf-8")
+
+    result = CliRunner().invoke(app, ["check", "recipe.yaml"])
+
+    assert result.exit_code == 0
+    assert "good" in result.output
+
+
+@pytest.mark.parametrize(("change", "parts"), [row[1:] for row in RECIPES], ids=[row[0] for row in RECIPES])
+def test_a_malformed_recipe_is_refused(
+    change: Callable[[dict[str, Any]], object], parts: tuple[str, ...], workspace: Path
+) -> None:
+    """`check` says file, key path and the way out."""
+    data = _copied(_recipe(workspace))
+    change(data)
+    Path("recipe.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+
+    refused(["check", "recipe.yaml"], "recipe.yaml", *parts)
+
+
+STARTED = (
+    '{"event":"started","form":1,"identity":"0","items":{},"objectives":[],"reference":[],"seed":0,"time":0.0,'
+    '"versions":{}}\n'
+)
+LEDGERS: list[tuple[str, str | None, tuple[str, ...]]] = [
+    ("no run", None, ("no run lies here", "give a run's folder")),
+    ("empty", "", ("the run has not begun", "evomerge run")),
+    ("a broken line in the middle", STARTED + '{"event":"told"\n' + STARTED, ("ledger.jsonl:2", "broken line")),
+    ("an unknown event", STARTED + '{"event":"aked"}\n', ("ledger.jsonl:2", "'aked'", "did you mean 'asked'?")),
+    ("an unknown key", STARTED + '{"event":"warned","txt":""}\n', ("ledger.jsonl:2", "txt", "'text'")),
+    ("another form", STARTED.replace('"form":1', '"form":9'), ("ledger.jsonl:1", "form 9", "form 1")),
+    ("no ledger at all", "[1, 2]\n", ("ledger.jsonl:1", "unknown event")),
+]
+
+
+@pytest.mark.parametrize("command", ["status", "report", "resume", "export"])
+@pytest.mark.parametrize(("text", "parts"), [row[1:] for row in LEDGERS], ids=[row[0] for row in LEDGERS])
+def test_a_malformed_ledger_is_refused(
+    text: str | None, parts: tuple[str, ...], command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every verb that reads a run says file, line and the way out."""
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken/ledger.jsonl").write_text(text, encoding="utf-8")
+
+    refused([command, "broken"], *parts)
+
+
+def test_there_are_at_least_thirty_malformed_inputs() -> None:
+    """The tables above hold experiments, recipes, ledgers and model folders, thirty in all or more."""
+    assert len(EXPERIMENTS) + len(SPOILT_FILES) + len(RECIPES) + len(LEDGERS) >= 30
