@@ -78,7 +78,7 @@ def _volumes(run: Run) -> RenderableType:
         "front": [i for i in run.models() if i in tested],
         "sources": [i for i in tested if run.asked[i].origin == "source"],
         "average": [i for i in tested if run.asked[i].origin == "average"],
-        "tuned single-lambda task arithmetic": [i for i in tested if run.asked[i].origin == "arithmetic"],
+        "single-lambda task arithmetic": [i for i in tested if run.asked[i].origin == "arithmetic"],
     }
     groups["all baselines together"] = [i for i in tested if run.asked[i].origin in BASELINES]
     table = Table(title="Hypervolume on the test split", title_justify="left", show_header=False, box=box.SIMPLE)

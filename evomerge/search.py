@@ -482,7 +482,7 @@ def measure_pace(experiment: Experiment, pool: Pool, workers: int, items: int = 
         return min(pool.wait().seconds for _ in range(jobs))
 
     ask(items, 2 * workers)
-    small, large = ask(items, 2), ask(4 * items, 2)
+    small, large = ask(items, 2 * workers), ask(4 * items, 2 * workers)  # the first time items are tokenized
     asked = [sum(min(count, len(i)) for i in experiment.items("search").values()) for count in (items, 4 * items)]
     each = max(large - small, 0.0) / (asked[1] - asked[0]) if asked[1] > asked[0] else small / asked[0]
     return Pace(candidate=max(small - each * asked[0], 0.0), item=each)

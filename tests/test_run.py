@@ -277,7 +277,7 @@ def test_the_report_gives_the_hypervolume_of_each_group(done):
     assert row(text, "front") == ["0.3700"]
     assert row(text, "sources") == ["0.3125"]  # 0.75 x 0.25 + 0.25 x 0.5
     assert row(text, "average") == ["0.2500"]
-    assert row(text, "tuned single-lambda task arithmetic") == ["0.1250"]
+    assert row(text, "single-lambda task arithmetic") == ["0.1250"]
     assert row(text, "all baselines together") == ["0.3750"]  # 0.75 x 0.25 + 0.5 x 0.25 + 0.25 x 0.25
 
 
