@@ -1,4 +1,4 @@
-"""Pareto dominance over losses: front, ranks, hypervolume, crowding, knee, extremes.
+"""Pareto dominance over losses: front, ranks, hypervolume, spread, knee, extremes.
 
 All losses are minimised; every function takes an array of shape (candidates, objectives).
 """
@@ -57,12 +57,6 @@ def ranks(losses: ArrayLike, deepest: int | None = None) -> NDArray[np.int64]:
     return found
 
 
-def fronts(losses: ArrayLike) -> list[NDArray[np.int64]]:
-    """Return the indices of the candidates of each front, best front first, in candidate order."""
-    of = ranks(losses)
-    return [np.flatnonzero(of == rank) for rank in range(int(of.max(initial=-1)) + 1)]
-
-
 def hypervolume(losses: ArrayLike, reference: Sequence[float]) -> float:
     """Return the volume that the candidates dominate, up to a reference point; exact for any number of objectives.
 
@@ -110,23 +104,6 @@ def spread(losses: ArrayLike, reference: Sequence[float], count: int) -> list[in
             volume += now
             del gains[best]
     return chosen
-
-
-def crowding(losses: ArrayLike) -> NDArray[np.float64]:
-    """Return the crowding distance of each candidate within one front; infinite at the ends of each objective.
-
-    The sum over objectives of the gap between both neighbours, as a share of the front's range
-    (Deb et al. 2002, section III-B). Shape (candidates,).
-    """
-    points = _matrix(losses)
-    distance = np.zeros(len(points))
-    for column in points.T:
-        order = np.argsort(column, kind="stable")
-        width = np.ptp(column) if len(column) else 0.0
-        distance[order[[0, -1]] if len(order) else order] = np.inf
-        if width > 0 and len(order) > 2:
-            distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / width
-    return distance
 
 
 def extremes(losses: ArrayLike) -> tuple[int, ...]:

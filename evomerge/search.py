@@ -176,7 +176,10 @@ class Search:
         told, answers = self._score_batch(batch)
         if all(event.losses is None for event in told):
             reason = next(answer.error for answer in answers.values() if answer.error)
-            raise EvomergeError(f"no model could be scored, not even the sources; the first reason: {reason}")
+            raise EvomergeError(
+                f"no model could be scored, not even the sources; the first reason: {reason}; "
+                "mend that, remove the run's folder and start anew"
+            )
         if experiment.file.estimator.name == "p_irt":
             self._fit(answers, rows=len(batch))
 

@@ -34,7 +34,7 @@ def test_front_is_brute_force(losses):
 @given(POINTS)
 @settings(max_examples=60, deadline=None)
 def test_ranks_peel_the_front(losses):
-    """Taking away front after front gives the ranks, and every candidate is in one front."""
+    """Taking away front after front gives the ranks."""
     left, expected = list(range(len(losses))), np.full(len(losses), -1)
     for rank in range(len(losses)):
         peeled = [i for i in left if not any(pareto.dominates(losses[j], losses[i]) for j in left)]
@@ -42,7 +42,6 @@ def test_ranks_peel_the_front(losses):
         left = [i for i in left if i not in peeled]
 
     assert pareto.ranks(losses).tolist() == expected.tolist()
-    assert sorted(np.concatenate(pareto.fronts(losses)).tolist()) == list(range(len(losses)))
 
 
 @given(POINTS)
@@ -111,33 +110,38 @@ def test_hypervolume_of_nothing_and_of_the_reference_is_zero():
     assert pareto.hypervolume([[1.0, 0.0]], [1.0, 1.0]) == 0.0
 
 
-def test_crowding_by_hand():
-    """Inner candidates sum the gaps of their neighbours over the ranges; ends are infinite."""
-    losses = [[0, 10], [1, 6], [4, 2], [8, 0]]
+@given(POINTS, st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_spread_is_the_plain_greedy_choice(losses, count):
+    """With all gains computed anew at each step, front by front, the same volumes are reached."""
+    corner = np.full(losses.shape[1], 5.0)
+    ranks, chosen = pareto.ranks(losses), []
+    for rank in range(ranks.max() + 1):
+        left = [i for i in range(len(losses)) if ranks[i] == rank]
+        while left and len(chosen) < count:
+            chosen.append(max(left, key=lambda i: (boxes(losses[[*chosen, i]], corner), -i)))
+            left.remove(chosen[-1])
 
-    assert pareto.crowding(losses).tolist() == [
-        np.inf,
-        pytest.approx(4 / 8 + 8 / 10),
-        pytest.approx(7 / 8 + 6 / 10),
-        np.inf,
-    ]
+    found = pareto.spread(losses, corner, count)
 
-
-def test_crowding_agrees_with_pymoo():
-    """The crowding distance of pymoo is the same sum divided by the number of objectives."""
-    metrics = pytest.importorskip("pymoo.operators.survival.rank_and_crowding.metrics")
-    losses = np.random.default_rng(3).random((20, 3))
-
-    expected = metrics.calc_crowding_distance(losses) * 3
-
-    np.testing.assert_allclose(pareto.crowding(losses), expected)
+    assert len(set(found)) == len(found) == min(count, len(losses))
+    for k in range(1, len(found) + 1):
+        assert boxes(losses[found[:k]], corner) == boxes(losses[chosen[:k]], corner)
+        assert ranks[found[k - 1]] == ranks[chosen[k - 1]]
 
 
-def test_crowding_of_few_or_equal_candidates():
-    """None, one, and equal ones have a distance without a division by zero."""
-    assert pareto.crowding(np.zeros((0, 2))).tolist() == []
-    assert pareto.crowding([[1, 1]]).tolist() == [np.inf]
-    assert pareto.crowding([[1, 1]] * 3).tolist() == [np.inf, 0.0, np.inf]
+def test_spread_is_near_the_best_choice():
+    """Of 12 points on a front 4 are chosen that reach 1 - 1/e of the best four's volume, found by trying all."""
+    rng = np.random.default_rng(0)
+    moocore = pytest.importorskip("moocore")
+    for _ in range(5):
+        losses = -np.abs(rng.normal(size=(12, 3)))
+        losses /= np.linalg.norm(losses, axis=1, keepdims=True)
+        fours = itertools.combinations(range(12), 4)
+        volumes = [moocore.hypervolume(losses[list(four)], ref=np.zeros(3)) for four in fours]
+        found = moocore.hypervolume(losses[pareto.spread(losses, (0, 0, 0), 4)], ref=np.zeros(3))
+
+        assert (1 - 1 / np.e) * max(volumes) <= found <= max(volumes) + 1e-12
 
 
 @given(POINTS)
