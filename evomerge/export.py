@@ -14,6 +14,7 @@ from evomerge.evaluation.task import SPLITS
 from evomerge.experiment import Experiment
 from evomerge.ledger import Answered, Event
 from evomerge.models.checkpoint import Checkpoint
+from evomerge.models.locate import called
 from evomerge.models.materialize import materialize
 from evomerge.models.resident import OnDisk
 from evomerge.models.save import save
@@ -185,9 +186,10 @@ def model_card(experiment: Experiment, run: Run, recipe: Recipe, number: int) ->
     methods = sorted({blend.method for blend in recipe.blends()})
     names = [source.name for source in recipe.sources]
     split = next((split for split in reversed(SPLITS) if run.scores(number, split)), "search")
+    scores = run.scores(number, split)
     rows = [
         f"| {name} | {s.value:.3f} | [{s.interval[0]:.3f}, {s.interval[1]:.3f}] | {s.items} |"
-        for name, s in run.scores(number, split).items()
+        for name, s in ((name, scores[name]) for name in experiment.tasks if name in scores)
     ]
     return "\n".join(
         [
@@ -198,10 +200,10 @@ def model_card(experiment: Experiment, run: Run, recipe: Recipe, number: int) ->
             "",
             f"# {experiment.file.name}, {run.name(number)}",
             "",
-            f"A merge of {', '.join(names)}"
-            + (f" over the base {Path(recipe.base.path).name}" if recipe.base else "")
-            + f" by {', '.join(methods)}, found by evomerge {__version__} in the run `{experiment.file.name}` "
-            f"(seed {experiment.file.seed}). `recipe.yaml` says exactly how it was built; digest `{recipe.digest}`.",
+            f"A merge of {', '.join(names)} by {', '.join(methods)}"
+            + (", with task vectors taken from base" if recipe.base else "")
+            + f"; found by evomerge {__version__} in the run `{experiment.file.name}` (seed {experiment.file.seed}). "
+            f"`recipe.yaml` says exactly how it was built; digest `{recipe.digest}`.",
             "",
             f"## Scores on the {split} split",
             "",
@@ -222,10 +224,10 @@ def model_card(experiment: Experiment, run: Run, recipe: Recipe, number: int) ->
             "",
             "## Sources",
             "",
-            "| name | files | fingerprint |",
+            "| name | model | fingerprint |",
             "|---|---|---|",
             *(
-                f"| {source.name} | {Path(source.path).name} | `{source.fingerprint}` |"
+                f"| {source.name} | {called(Path(source.path))} | `{source.fingerprint}` |"
                 for source in [*recipe.sources, *([recipe.base] if recipe.base else [])]
             ),
             "",

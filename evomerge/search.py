@@ -91,7 +91,7 @@ def reference(experiment: Experiment) -> Losses:
     for objective in experiment.objectives:
         minimised = objective.direction == "minimize"
         if objective.kind == "task":
-            found.append(objective.loss(1.0 if minimised else 0.0))
+            found.append(1.0 if minimised else 0.0)
         else:
             found.append(max(objective.loss(source[objective.name]) for source in sources))
     return tuple(found)
@@ -506,7 +506,7 @@ def _answered(answer: Answer, items: Mapping[str, tuple[int, ...]]) -> Answered:
         split=answer.split,
         items=items,
         responses=answer.responses or {},
-        margins=answer.margins,
+        margins={task: tuple(round(margin, 4) for margin in own) for task, own in answer.margins.items()},
         error=answer.error,
         seconds=round(answer.seconds, 4),
     )

@@ -31,6 +31,14 @@ def locate(reference: str, near: Path) -> Path:
     return _from_hub(reference, path)
 
 
+def called(folder: Path) -> str:
+    """Return what people call the model of a folder: `organisation/name@revision` in the hub's cache, else its name."""
+    owner = folder.parent.parent
+    if folder.parent.name == "snapshots" and owner.name.startswith("models--"):
+        return f"{owner.name.removeprefix('models--').replace('--', '/')}@{folder.name}"
+    return folder.name
+
+
 def _from_hub(reference: str, path: Path) -> Path:
     """Return the snapshot folder of a hub id: from the local cache if it is there, else downloaded."""
     import huggingface_hub  # slow to import, and needed only for what is not a path

@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 
 from evomerge.errors import ModelError
-from evomerge.models.locate import locate
+from evomerge.models.locate import called, locate
 
 
 def test_paths_come_first(tmp_path: Path) -> None:
@@ -60,3 +60,17 @@ def test_what_is_nowhere_gives_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pat
             locate(reference, tmp_path)
 
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("/home/me/.cache/huggingface/hub/models--org--a-7b/snapshots/0f1e2d", "org/a-7b@0f1e2d"),
+        ("/cache/models--gpt2/snapshots/abc", "gpt2@abc"),
+        ("/models/snapshots/a-7b", "a-7b"),
+        ("zoo/base", "base"),
+    ],
+)
+def test_a_model_is_called_by_its_hub_name_or_its_folder(folder: str, name: str) -> None:
+    """The hub's cache has the name two folders up; anywhere else it is the folder's own."""
+    assert called(Path(folder)) == name
