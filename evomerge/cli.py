@@ -292,6 +292,7 @@ class _Display:
     def begin(self) -> None:
         """Start drawing."""
         self._progress.start()
+        self._last = time.monotonic()
         if self._live is not None:
             self._live.start()
 

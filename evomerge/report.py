@@ -179,7 +179,7 @@ class Progress:
         return [
             f"{len(self.run.errors)} failed",
             f"front {self._front[0]}",
-            f"hypervolume {self._front[1]:.4f}",
+            f"estimated hypervolume {self._front[1]:.4f}",
             f"{self.rate:,.0f} items/s",
             f"{self.left:.0f} s left" if self.left < float("inf") else "time left: not yet known",
         ]
