@@ -434,7 +434,7 @@ def test_the_line_says_what_is_done(clock):
     clock.now += 17.2
 
     assert progress.line() == (
-        "search: 12 candidates scored, 6/6 of the driver's done, 1 failed, front 5, hypervolume 0.3725, "
+        "search: 12 candidates scored, 6/6 of the driver's done, 1 failed, front 5, estimated hypervolume 0.3725, "
         "10 items/s, 18 s left"
     )
 
