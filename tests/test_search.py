@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from evomerge.drivers import Driver, Problem, Random
 from evomerge.errors import EvomergeError, LedgerError
 from evomerge.experiment import Experiment
 from evomerge.ledger import (
@@ -31,6 +32,7 @@ from evomerge.pool import InlinePool, Job, Pool
 from evomerge.run import Run
 from evomerge.search import Search, planned_items, prepare, reference
 from evomerge.spaces.blend import Range
+from evomerge.value import value as frozen
 from tests.toy import SIZES, TASKS, ShufflingPool, ToyWorker, difficulty, quality, toy
 
 DRIVERS = ("nsga2", "cma", "tpe", "random")
@@ -330,3 +332,59 @@ def test_every_rescored_candidate_has_scores_with_errors(tmp_path: Path) -> None
             assert 0 <= value <= 1
             assert 0 < error < 0.2
             assert items == SIZES[event.split]
+
+
+SEEN: list[Problem] = []
+
+
+@frozen
+class Spy:
+    """Settings of a driver that lets one see what problem it was given; no field, for all fields are its identity."""
+
+    def generation(self, axes: int) -> int:
+        """Return any size."""
+        return axes
+
+    def start(self, problem: Problem) -> Driver:
+        """Note the problem and search at random."""
+        SEEN.append(problem)
+        return Random(batch=6).start(problem)
+
+
+def test_the_driver_starts_from_all_that_is_known(tmp_path: Path) -> None:
+    """Baselines and warm-up come to the driver with their genomes and losses, in order; also after a resume."""
+    SEEN.clear()
+    experiment = replace(toy(), driver=Spy())
+    run = Run(conduct(experiment, tmp_path))
+    conduct(experiment, tmp_path)
+
+    first = [event for event in run.asked if event.origin != "search" and event.genome is not None]
+    expected = [(event.genome, run.told[event.candidate].losses) for event in first]
+    assert [list(problem.known) for problem in SEEN] == [expected, expected]
+    assert {event.origin for event in first} == {"source", "average", "arithmetic", "warmup"}
+
+
+def test_finalists_are_the_searchs_own_and_nobody_is_asked_twice(tmp_path: Path) -> None:
+    """Validation is asked of every baseline and of as many others as the experiment says, once each."""
+    events = conduct(toy(), tmp_path)
+    promoted = of(events, Promoted)[0].candidates
+
+    assert len(set(promoted)) == len(promoted) == 6 + 4
+    assert set(promoted) >= set(range(6))
+
+
+def test_the_identity_counts_what_decides_and_nothing_else() -> None:
+    """Batch, device and threads may change the last bits of answers; count, pool and time limit may not."""
+    identity = toy().identity
+
+    assert toy(workers={"count": 3, "pool": "ray", "time_limit": 5.0}).identity == identity
+    assert toy(export={"front": "knee"}).identity == identity
+    others: list[dict[str, Any]] = [
+        {"workers": {"batch": 3}},
+        {"workers": {"device": "cuda"}},
+        {"workers": {"threads": 2}},
+        {"seed": 4},
+        {"finalists": 5},
+        {"baselines": {"lambdas": [0.2]}},
+    ]
+    assert len({toy(**change).identity for change in others} | {identity}) == len(others) + 1
