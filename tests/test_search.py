@@ -366,11 +366,12 @@ def test_the_driver_starts_from_all_that_is_known(tmp_path: Path) -> None:
 
 def test_finalists_are_the_searchs_own_and_nobody_is_asked_twice(tmp_path: Path) -> None:
     """Validation is asked of every baseline and of as many others as the experiment says, once each."""
-    events = conduct(toy(), tmp_path)
-    promoted = of(events, Promoted)[0].candidates
+    few = of(conduct(toy(), tmp_path / "few"), Promoted)[0].candidates
+    everyone = of(conduct(toy(finalists=100), tmp_path / "all"), Promoted)[0].candidates
 
-    assert len(set(promoted)) == len(promoted) == 6 + 4
-    assert set(promoted) >= set(range(6))
+    assert len(set(few)) == len(few) == 6 + 4
+    assert set(few) >= set(range(6))
+    assert sorted(everyone) == list(range(6 + 10 + 24))
 
 
 def test_the_identity_counts_what_decides_and_nothing_else() -> None:
