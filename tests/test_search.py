@@ -263,7 +263,7 @@ def test_a_ledger_of_another_experiment_is_refused(change: dict[str, Any], messa
 def test_a_ledger_of_other_versions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run is not continued by libraries that may draw other numbers."""
     conduct(toy(), tmp_path)
-    monkeypatch.setattr("evomerge.search.version", lambda name: "0.0")
+    monkeypatch.setattr("evomerge.search.beginning.version", lambda name: "0.0")
 
     with pytest.raises(LedgerError, match=r"other versions.*install those"):
         conduct(toy(), tmp_path)

@@ -1,24 +1,13 @@
 """The search loop: proposes, asks, scores and tells, one ledger event at a time, and replays them to resume."""
 
-import json
-import math
-import os
-import platform
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import yaml
 
-from evomerge import __version__
 from evomerge.drivers import Problem
 from evomerge.errors import EvomergeError, LedgerError
-from evomerge.evaluation.task import SPLITS
 from evomerge.experiment import Experiment
 from evomerge.fitness.bank import ItemBank, fit_bank
 from evomerge.fitness.estimators import Estimator, Mean, PIrt
@@ -34,80 +23,25 @@ from evomerge.ledger import (
     Ledger,
     Promoted,
     Rescored,
-    Started,
     Told,
     Warned,
     genome_of,
 )
-from evomerge.models.architecture import place
-from evomerge.models.checkpoint import Checkpoint
 from evomerge.objective import Losses, Score, losses
 from evomerge.pareto import front, spread
-from evomerge.pool import Answer, InlinePool, Job, Pool, RayPool
+from evomerge.pool import Answer, Job, Pool
 from evomerge.recipe import Recipe
-from evomerge.spaces.proposals import Proposal, baselines, recipe_of, warmup
-from evomerge.value import plain, value
-from evomerge.worker import WorkerSetup
+from evomerge.search.beginning import baselines_of, check_started, now, properties, reference, started, warmup_of
+from evomerge.spaces.proposals import Proposal, recipe_of
+from evomerge.value import plain
 
 #: Called with every event, and whether it was replayed from the ledger.
 Watch = Callable[[Event, bool], None]
-
-#: Libraries whose version decides the course of a run, beside the driver's own.
-_LIBRARIES = ("numpy", "scipy", "torch", "transformers", "tokenizers")
-_DRIVER_LIBRARIES = {"Nsga2": ("pymoo",), "Cma": ("cma",), "Tpe": ("optuna",)}
 
 #: Streams of random numbers; drivers have their own.
 _STREAM_ITEMS, _STREAM_BANK = 2, 3
 
 E = TypeVar("E", bound=Event)
-
-
-def versions(experiment: Experiment) -> dict[str, str]:
-    """Return the versions that decide the course of a run."""
-    libraries = sorted({*_LIBRARIES, *_DRIVER_LIBRARIES.get(type(experiment.driver).__name__, ())})
-    return {"evomerge": __version__} | {name: version(name) for name in libraries}
-
-
-def properties(experiment: Experiment, recipe: Recipe) -> dict[str, float]:
-    """Return the properties of a model that can be objectives: number of parameters, and of layers."""
-    checkpoint = Checkpoint(experiment.folders[recipe.sources[0].name])
-    depths = [layer.depth for layer in recipe.layers]
-    layers = [place(name, checkpoint.depth).layer for name in checkpoint.names]
-    sizes = [math.prod(checkpoint.shape(name)) for name in checkpoint.names]
-    times = [1 if layer is None else depths.count(layer) for layer in layers]
-    return {"parameters": float(np.dot(times, sizes)), "depth": float(len(depths))}
-
-
-def reference(experiment: Experiment) -> Losses:
-    """Return the reference point of the hypervolume, fixed before the run.
-
-    Zero for a score that is maximised, one for a score that is minimised, and the greatest
-    (or least) value among the sources for a property.
-    """
-    sources = []
-    if any(objective.kind == "property" for objective in experiment.objectives):
-        sources = [properties(experiment, p.recipe) for p in _baselines(experiment) if p.origin == "source"]
-    found = []
-    for objective in experiment.objectives:
-        minimised = objective.direction == "minimize"
-        if objective.kind == "task":
-            found.append(1.0 if minimised else 0.0)
-        else:
-            found.append(max(objective.loss(source[objective.name]) for source in sources))
-    return tuple(found)
-
-
-def started(experiment: Experiment) -> Started:
-    """Return the event that begins a run of this experiment."""
-    return Started(
-        identity=experiment.identity,
-        seed=experiment.file.seed,
-        objectives=experiment.objectives,
-        reference=reference(experiment),
-        items={s: {t: len(i) for t, i in experiment.items(s).items()} for s in SPLITS},
-        versions=versions(experiment),
-        time=_now(),
-    )
 
 
 class Search:
@@ -157,7 +91,7 @@ class Search:
         self._warm_up()
         self._search()
         found = self._finish()
-        return self._emit(Finished(front=found, time=_now()))
+        return self._emit(Finished(front=found, time=now()))
 
     # Steps, in the order in which they run.
 
@@ -169,7 +103,7 @@ class Search:
 
     def _warm_up(self) -> None:
         experiment = self._experiment
-        proposals = _baselines(experiment) + _warmup(experiment)
+        proposals = baselines_of(experiment) + warmup_of(experiment)
         if experiment.file.estimator.name == "mean" and experiment.file.estimator.items is not None:
             self._schedule = Fixed(items=_sample(experiment, experiment.file.estimator.items))
         batch = [self._ask(proposal) for proposal in proposals]
@@ -253,7 +187,7 @@ class Search:
         recipe = proposal.recipe
         if event.recipe != recipe.digest:
             self._warn(f"candidate {number} was proposed differently than in the ledger; the ledger's genome is used")
-            recipe = recipe_of(_baselines(self._experiment), self._experiment.space, event)
+            recipe = recipe_of(baselines_of(self._experiment), self._experiment.space, event)
         self._first_of.setdefault(event.recipe, number)
         self._asked.append(event)
         self._recipes.append(recipe)
@@ -393,104 +327,6 @@ class Search:
         self._warnings.clear()
 
 
-def _baselines(experiment: Experiment) -> list[Proposal]:
-    return baselines(experiment.space, experiment.baselines, experiment.file.baselines.lambdas)
-
-
-def _warmup(experiment: Experiment) -> list[Proposal]:
-    if experiment.file.estimator.name != "p_irt":
-        return []
-    return warmup(experiment.space, experiment.file.estimator.warmup, experiment.file.seed)
-
-
-def check_started(first: Event, ours: Started) -> None:
-    """Refuse a ledger that another experiment, or other versions, began.
-
-    Raises:
-        LedgerError: saying what differs, and the way out.
-    """
-    if not isinstance(first, Started):
-        raise LedgerError("the ledger does not begin with 'started'; restore it, or start the run anew")
-    if first.versions != ours.versions:
-        names = sorted({*first.versions, *ours.versions})
-        changed = [n for n in names if first.versions.get(n) != ours.versions.get(n)]
-        detail = ", ".join(f"{n} {first.versions.get(n)} -> {ours.versions.get(n)}" for n in changed)
-        raise LedgerError(f"the run was begun with other versions ({detail}); install those, or start another run")
-    if first.seed != ours.seed:
-        raise LedgerError(f"the run was begun with seed {first.seed}, not {ours.seed}; give it another name")
-    if first.identity != ours.identity:
-        raise LedgerError(
-            f"the run belongs to another experiment ({first.identity}, this one is {ours.identity}): its models, "
-            "space, items or settings differ; give the experiment another name, or remove the run's folder"
-        )
-
-
-def planned(experiment: Experiment) -> dict[str, tuple[int, int]]:
-    """Return for each step of a run how many candidates it asks at most, and how many items of each."""
-    sizes = {s: sum(len(i) for i in experiment.items(s).values()) for s in SPLITS}
-    known = len(_baselines(experiment))
-    settings, candidates = experiment.file.estimator, experiment.file.budget.candidates
-    few = settings.anchors if settings.name == "p_irt" else settings.items
-    each = sizes["search"] if few is None else sum(min(few, len(i)) for i in experiment.items("search").values())
-    finalists = min(experiment.file.finalists, candidates)
-    shown = len(experiment.baselines) + 2
-    return {
-        "warm-up": (known + len(_warmup(experiment)), sizes["search"] if settings.name == "p_irt" else each),
-        "search": (candidates, each),
-        "validation": (known + finalists, sizes["validation"]),
-        "test": (shown + finalists, sizes["test"]),
-    }
-
-
-def planned_items(experiment: Experiment) -> dict[str, int]:
-    """Return how many items a run will ask at most, step by step."""
-    return {step: candidates * items for step, (candidates, items) in planned(experiment).items()}
-
-
-@value
-class Pace:
-    """How fast one worker is: seconds per candidate, whatever it is asked, and seconds per item."""
-
-    candidate: float
-    item: float
-
-    def seconds(self, experiment: Experiment, done: Mapping[str, int]) -> float:
-        """Return the time that is left of a run for one worker, when so many items were asked at each step."""
-        left = 0.0
-        for step, (candidates, items) in planned(experiment).items():
-            share = max(0.0, 1 - done[step] / (candidates * items))
-            left += share * candidates * (self.candidate + items * self.item)
-        return left
-
-
-def measure_pace(experiment: Experiment, pool: Pool, workers: int, items: int = 40) -> Pace:
-    """Time a few answers of the first source, on few items and on four times as many; nothing is recorded.
-
-    Args:
-        experiment: what will be run.
-        pool: who will answer; all its workers are started first, and that is not counted.
-        workers: how many they are.
-        items: items per task of the smaller question.
-    """
-    recipe = _baselines(experiment)[0].recipe
-    number = 0
-
-    def ask(count: int, jobs: int) -> float:
-        nonlocal number
-        few = {task: places[:count] for task, places in experiment.items("search").items()}
-        for _ in range(jobs):
-            number -= 1  # no number of a candidate; another seed, so that each is built anew
-            again = replace(recipe, seed=-number)
-            pool.submit(Job(candidate=number, recipe=again, split="search", items=few))
-        return min(pool.wait().seconds for _ in range(jobs))
-
-    ask(items, 2 * workers)
-    small, large = ask(items, 2 * workers), ask(4 * items, 2 * workers)  # the first time items are tokenized
-    asked = [sum(min(count, len(i)) for i in experiment.items("search").values()) for count in (items, 4 * items)]
-    each = max(large - small, 0.0) / (asked[1] - asked[0]) if asked[1] > asked[0] else small / asked[0]
-    return Pace(candidate=max(small - each * asked[0], 0.0), item=each)
-
-
 def _sample(experiment: Experiment, count: int) -> dict[str, tuple[int, ...]]:
     """Return a random subset of each task's search items, the same for every candidate."""
     found = {}
@@ -516,79 +352,3 @@ def _brief(event: Event) -> str:
     form = plain(event)
     number = f" of candidate {form['candidate']}" if "candidate" in form else ""
     return f"{type(event).__name__.lower()}{number}"
-
-
-def _now() -> float:
-    return round(time.time(), 3)
-
-
-def open_pool(experiment: Experiment) -> Pool:
-    """Return the pool that the experiment asks for; its workers start with the first job."""
-    settings = experiment.file.workers
-    base = experiment.space.base
-    setup = WorkerSetup(
-        template=experiment.folders[(base or experiment.space.sources[0]).name],
-        sources=experiment.folders,
-        tasks=experiment.tasks,
-        dtype=experiment.file.dtype,
-        device=settings.device,
-        threads=settings.threads,
-        batch=settings.batch,
-        trust_remote_code=experiment.file.trust_remote_code,
-    )
-    if settings.pool == "inline":
-        return InlinePool(setup.make, settings.time_limit)
-    return RayPool(
-        setup.make,
-        settings.count,
-        settings.time_limit,
-        gpus=settings.gpus,
-        cpus=settings.threads,
-        threads=settings.threads,
-    )
-
-
-def prepare(experiment: Experiment, folder: Path) -> Ledger:
-    """Make or reopen the folder of a run and return its ledger, refusing one of another experiment.
-
-    Writes `experiment.yaml` (with absolute references) where there is none yet, and adds this
-    session to `environment.json`.
-
-    Raises:
-        LedgerError: if the folder belongs to another experiment, or another process has it open.
-    """
-    record = Ledger(folder / "ledger.jsonl")
-    try:
-        if record.past:
-            check_started(record.past[0], started(experiment))
-        else:
-            text = yaml.safe_dump(experiment.file.model_dump(mode="json", exclude_none=True), sort_keys=False)
-            _write(folder / "experiment.yaml", text)
-        _note_session(experiment, folder / "environment.json")
-    except BaseException:
-        record.close()
-        raise
-    return record
-
-
-def _note_session(experiment: Experiment, file: Path) -> None:
-    try:
-        sessions = json.loads(file.read_text(encoding="utf-8"))["sessions"]
-    except (OSError, ValueError, KeyError, TypeError):
-        sessions = []  # only a diary: a lost one is begun anew
-    session = {
-        "time": _now(),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "cores": os.cpu_count(),
-        "versions": versions(experiment),
-        "workers": experiment.file.workers.model_dump(mode="json"),
-    }
-    _write(file, json.dumps({"sessions": [*sessions, session]}, indent=2) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)

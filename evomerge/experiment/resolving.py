@@ -1,147 +1,27 @@
-"""Experiment files: read, checked to the last key, and resolved into values that a search can use."""
+"""Resolves what an experiment file refers to into values that a search can use."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
 from evomerge import library
 from evomerge.drivers import DRIVERS, Settings
 from evomerge.errors import ExperimentError, InvalidInput, nearest
 from evomerge.evaluation.jsonl import TaskFile, build_task, read_task
 from evomerge.evaluation.task import SPLITS, Task
+from evomerge.experiment.entries import ExperimentFile, ModelsEntry, ObjectiveEntry, SpaceEntry, SplitsEntry
+from evomerge.experiment.reading import one_line, read_file, read_yaml
 from evomerge.models.checkpoint import Checkpoint, check_compatible
 from evomerge.models.locate import locate
 from evomerge.objective import Objective
 from evomerge.operators.methods import METHODS, method
 from evomerge.recipe import Source
 from evomerge.spaces.blend import BlendSpace, ParameterRange, Range
-from evomerge.value import Plain, digest, parse, plain, value
-
-
-class _Strict(BaseModel):
-    """Unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ModelsEntry(_Strict):
-    """The models that go into the merge: folders (relative to the file) or names on the hub."""
-
-    base: str | None = Field(default=None, description="The model that task vectors are taken from.")
-    sources: dict[str, str] = Field(min_length=1, description="The models to blend, by the name that reports use.")
-
-
-class RangeEntry(_Strict):
-    """Bounds of a gene."""
-
-    low: float
-    high: float
-    log: bool = False
-
-
-class ParameterEntry(RangeEntry):
-    """Bounds of a method's parameter."""
-
-    per_source: bool = False
-
-
-class SpaceEntry(_Strict):
-    """A parameter space; see evomerge.spaces.blend.BlendSpace."""
-
-    kind: Literal["blend"] = "blend"
-    methods: list[str] = Field(min_length=1, description="One method, or several to choose from.")
-    knots: int = Field(default=1, ge=1, description="Values over depth.")
-    profile: Literal["constant", "linear"] = "constant"
-    modules: list[list[Literal["attention", "mlp", "other"]]] = [["attention", "mlp", "other"]]
-    weight: RangeEntry = RangeEntry(low=0.0, high=1.0)
-    parameters: dict[str, ParameterEntry] = {}
-
-
-class ObjectiveEntry(_Strict):
-    """One objective: a task (name, file, or the task itself), or a property of the model."""
-
-    task: str | dict[str, Any] | None = None
-    property: Literal["parameters", "depth"] | None = None
-    name: str | None = Field(default=None, description="Its name in reports; default: the task's or property's.")
-    direction: Literal["maximize", "minimize"] | None = None
-    weight: float = Field(default=1.0, gt=0, description="Its weight where objectives are summed.")
-
-
-class BudgetEntry(_Strict):
-    """When the search ends."""
-
-    candidates: int = Field(ge=1, description="Candidates that the driver may propose.")
-
-
-class EstimatorEntry(_Strict):
-    """How responses become scores."""
-
-    name: Literal["mean", "p_irt"] = "mean"
-    items: int | None = Field(default=None, ge=1, description="mean: items per task; default: all of the split.")
-    anchors: int = Field(default=40, ge=2, description="p_irt: items per task after the warm-up.")
-    warmup: int = Field(default=24, ge=4, description="p_irt: random genomes that are asked everything.")
-
-
-class SplitsEntry(_Strict):
-    """Items per task to use of each split (the first ones); default: all."""
-
-    search: int | None = Field(default=None, ge=1)
-    validation: int | None = Field(default=None, ge=1)
-    test: int | None = Field(default=None, ge=1)
-
-
-class BaselinesEntry(_Strict):
-    """What is always run first, besides each source."""
-
-    lambdas: list[float] = Field(
-        default=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
-        min_length=1,
-        description="Totals of single-lambda task arithmetic; the best one is the tuned baseline.",
-    )
-
-
-class WorkersEntry(_Strict):
-    """Who builds and scores the candidates."""
-
-    pool: Literal["inline", "ray"] = "inline"
-    count: int = Field(default=1, ge=1)
-    threads: int = Field(default=1, ge=1, description="Threads of torch in each worker.")
-    gpus: float = Field(default=0.0, ge=0, description="GPUs per worker; a fraction shares one.")
-    device: str = "cpu"
-    batch: int = Field(default=128, ge=1, description="Items per forward pass.")
-    time_limit: float = Field(default=600.0, gt=0, description="Seconds after which a candidate has failed.")
-
-
-class ExportEntry(_Strict):
-    """Which models of the front to write at the end."""
-
-    front: Literal["all", "knee", "extremes", "none"] = "all"
-
-
-class ExperimentFile(_Strict):
-    """An experiment: what is merged, what is searched, what is asked, and what is kept."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="The run's folder under runs/.")
-    seed: int = Field(ge=0)
-    models: ModelsEntry
-    space: str | SpaceEntry
-    objectives: list[ObjectiveEntry] = Field(min_length=1)
-    driver: dict[str, Any] = Field(description="name: one of the drivers; and its settings.")
-    budget: BudgetEntry
-    estimator: EstimatorEntry = EstimatorEntry()
-    splits: SplitsEntry = SplitsEntry()
-    baselines: BaselinesEntry = BaselinesEntry()
-    finalists: int = Field(default=16, ge=1, description="Candidates re-scored on all validation items.")
-    workers: WorkersEntry = WorkersEntry()
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="Dtype of the models built and shipped.")
-    export: ExportEntry = ExportEntry()
-    trust_remote_code: bool = False
+from evomerge.value import digest, parse, plain, value
 
 
 @value
@@ -184,19 +64,6 @@ class Experiment:
         return {name: tuple(range(len(task.splits[split]))) for name, task in self.tasks.items()}
 
 
-def schema() -> dict[str, Any]:
-    """Return the JSON schema of experiment files."""
-    found = ExperimentFile.model_json_schema()
-    options = []
-    for name, settings in DRIVERS.items():
-        form = TypeAdapter(settings).json_schema()
-        form["properties"] = {"name": {"const": name}, **form.get("properties", {})}
-        form["required"] = ["name", *form.get("required", [])]
-        options.append(form | {"additionalProperties": False})
-    found["properties"]["driver"] = {"oneOf": options, "title": "Driver"}
-    return found
-
-
 def load(path: Path) -> Experiment:
     """Read an experiment file and everything that it refers to; no tensor is read.
 
@@ -204,19 +71,6 @@ def load(path: Path) -> Experiment:
         InvalidInput: one line with file, key path and the way out.
     """
     return resolve(read_file(path), path)
-
-
-def read_file(path: Path) -> ExperimentFile:
-    """Read and check the file alone.
-
-    Raises:
-        ExperimentError: one line with file, key path and the nearest valid name.
-    """
-    data = _read_yaml(path)
-    try:
-        return ExperimentFile.model_validate(data)
-    except ValidationError as problem:
-        raise ExperimentError(_one_line(problem, path)) from None
 
 
 def resolve(file: ExperimentFile, path: Path) -> Experiment:
@@ -248,91 +102,6 @@ def resolve(file: ExperimentFile, path: Path) -> Experiment:
         tasks=tasks,
         driver=_driver(file, f"{path}: driver"),
     )
-
-
-class _UniqueLoader(yaml.SafeLoader):
-    """The safe loader, which refuses a key that is given twice."""
-
-
-def _unique_mapping(loader: _UniqueLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-
-
-def _read_yaml(path: Path) -> Plain:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as problem:
-        raise ExperimentError(
-            f"{path}: cannot be read ({problem.strerror}); give the path of a YAML file, see `evomerge ls`"
-        ) from None
-    except UnicodeDecodeError:
-        raise ExperimentError(f"{path}: not a text file; give the path of a YAML file") from None
-    try:
-        data = yaml.load(text, Loader=_UniqueLoader)  # a subclass of the safe loader
-    except yaml.MarkedYAMLError as problem:
-        mark = problem.problem_mark
-        place = f":{mark.line + 1}" if mark else ""
-        raise ExperimentError(f"{path}{place}: not YAML: {problem.problem}") from None
-    except (yaml.YAMLError, ValueError) as problem:  # ValueError: a date that is none, 2020-13-45
-        raise ExperimentError(f"{path}: not YAML: {' '.join(str(problem).split())}") from None
-    if not isinstance(data, dict):
-        raise ExperimentError(f"{path}: expected a mapping of keys, got {type(data).__name__}; see `evomerge schema`")
-    return data
-
-
-def _one_line(problem: ValidationError, path: Path, model: type[BaseModel] = ExperimentFile, at: str = "") -> str:
-    """Return the first problem as one line: file, key path, what, and the nearest valid name."""
-    problems = problem.errors(include_url=False)
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    keys = [key for key in first["loc"] if key not in _UNION_BRANCHES]
-    where = at + ".".join(str(key) for key in keys)
-    if first["type"] == "extra_forbidden":
-        what = f"unknown key; {nearest(str(keys[-1]), _keys_at(model, keys[:-1]))}"
-    elif first["type"] == "missing":
-        what = "missing; see `evomerge schema`"
-    elif first["type"] == "literal_error":
-        what = f"got {first['input']!r}, expected {first['ctx']['expected']}"
-        options = [word.strip(" '") for word in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        what = f"unknown value {first['input']!r}; {nearest(str(first['input']), options)}"
-    else:
-        message = first["msg"][0].lower() + first["msg"][1:]
-        what = f"{message}, got {first['input']!r}"[:160]
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{path}: {where}: {what}{more}"
-
-
-#: Names that pydantic adds to a location for the branch of a union it tried.
-_UNION_BRANCHES = frozenset({"str", "SpaceEntry", "dict[str,any]", "float", "int"})
-
-
-def _keys_at(model: type[BaseModel], keys: list[int | str]) -> list[str]:
-    """Return the valid keys at a location, for the nearest name."""
-    here: type[BaseModel] = model
-    for key in keys:
-        info: FieldInfo | None = here.model_fields.get(str(key))
-        if info is None:
-            continue  # the index of a list, or the free key of a mapping
-        found = _entry_in(info.annotation)
-        if found is None:
-            return []
-        here = found
-    return list(here.model_fields)
-
-
-def _entry_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    inner = (_entry_in(argument) for argument in getattr(annotation, "__args__", ()))
-    return next((entry for entry in inner if entry is not None), None)
 
 
 def _find_models(file: ExperimentFile, path: Path) -> dict[str, Path]:
@@ -377,9 +146,9 @@ def _find_space(file: ExperimentFile, path: Path) -> SpaceEntry:
         return file.space
     found = library.find("search_spaces", file.space, path, f"{path}: space")
     try:
-        return SpaceEntry.model_validate(_read_yaml(found))
+        return SpaceEntry.model_validate(read_yaml(found))
     except ValidationError as problem:
-        raise ExperimentError(_one_line(problem, found, SpaceEntry)) from None
+        raise ExperimentError(one_line(problem, found, SpaceEntry)) from None
 
 
 def _space(

@@ -1,0 +1,17 @@
+"""The search: how a run begins, its loop, and how long it takes."""
+
+from evomerge.search.beginning import open_pool, prepare, reference
+from evomerge.search.loop import Search, Watch
+from evomerge.search.pace import Pace, measure_pace, planned, planned_items
+
+__all__ = [
+    "Pace",
+    "Search",
+    "Watch",
+    "measure_pace",
+    "open_pool",
+    "planned",
+    "planned_items",
+    "prepare",
+    "reference",
+]

@@ -1,0 +1,188 @@
+"""The beginning of a run: what identifies it, its folder, its first candidates, its workers."""
+
+import json
+import math
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from evomerge import __version__
+from evomerge.errors import LedgerError
+from evomerge.evaluation.task import SPLITS
+from evomerge.experiment import Experiment
+from evomerge.ledger import Event, Ledger, Started
+from evomerge.models.architecture import place
+from evomerge.models.checkpoint import Checkpoint
+from evomerge.objective import Losses
+from evomerge.pool import InlinePool, Pool, RayPool
+from evomerge.recipe import Recipe
+from evomerge.spaces.proposals import Proposal, baselines, warmup
+from evomerge.worker import WorkerSetup
+
+#: Libraries whose version decides the course of a run, beside the driver's own.
+_LIBRARIES = ("numpy", "scipy", "torch", "transformers", "tokenizers")
+_DRIVER_LIBRARIES = {"Nsga2": ("pymoo",), "Cma": ("cma",), "Tpe": ("optuna",)}
+
+
+def baselines_of(experiment: Experiment) -> list[Proposal]:
+    """Return the baselines of an experiment, which always run first."""
+    return baselines(experiment.space, experiment.baselines, experiment.file.baselines.lambdas)
+
+
+def warmup_of(experiment: Experiment) -> list[Proposal]:
+    """Return the random genomes that are asked everything, where the estimator is fitted on them."""
+    if experiment.file.estimator.name != "p_irt":
+        return []
+    return warmup(experiment.space, experiment.file.estimator.warmup, experiment.file.seed)
+
+
+def versions(experiment: Experiment) -> dict[str, str]:
+    """Return the versions that decide the course of a run."""
+    libraries = sorted({*_LIBRARIES, *_DRIVER_LIBRARIES.get(type(experiment.driver).__name__, ())})
+    return {"evomerge": __version__} | {name: version(name) for name in libraries}
+
+
+def properties(experiment: Experiment, recipe: Recipe) -> dict[str, float]:
+    """Return the properties of a model that can be objectives: number of parameters, and of layers."""
+    checkpoint = Checkpoint(experiment.folders[recipe.sources[0].name])
+    depths = [layer.depth for layer in recipe.layers]
+    layers = [place(name, checkpoint.depth).layer for name in checkpoint.names]
+    sizes = [math.prod(checkpoint.shape(name)) for name in checkpoint.names]
+    times = [1 if layer is None else depths.count(layer) for layer in layers]
+    return {"parameters": float(np.dot(times, sizes)), "depth": float(len(depths))}
+
+
+def reference(experiment: Experiment) -> Losses:
+    """Return the reference point of the hypervolume, fixed before the run.
+
+    Zero for a score that is maximised, one for a score that is minimised, and the greatest
+    (or least) value among the sources for a property.
+    """
+    sources = []
+    if any(objective.kind == "property" for objective in experiment.objectives):
+        sources = [properties(experiment, p.recipe) for p in baselines_of(experiment) if p.origin == "source"]
+    found = []
+    for objective in experiment.objectives:
+        minimised = objective.direction == "minimize"
+        if objective.kind == "task":
+            found.append(1.0 if minimised else 0.0)
+        else:
+            found.append(max(objective.loss(source[objective.name]) for source in sources))
+    return tuple(found)
+
+
+def started(experiment: Experiment) -> Started:
+    """Return the event that begins a run of this experiment."""
+    return Started(
+        identity=experiment.identity,
+        seed=experiment.file.seed,
+        objectives=experiment.objectives,
+        reference=reference(experiment),
+        items={s: {t: len(i) for t, i in experiment.items(s).items()} for s in SPLITS},
+        versions=versions(experiment),
+        time=now(),
+    )
+
+
+def check_started(first: Event, ours: Started) -> None:
+    """Refuse a ledger that another experiment, or other versions, began.
+
+    Raises:
+        LedgerError: saying what differs, and the way out.
+    """
+    if not isinstance(first, Started):
+        raise LedgerError("the ledger does not begin with 'started'; restore it, or start the run anew")
+    if first.versions != ours.versions:
+        names = sorted({*first.versions, *ours.versions})
+        changed = [n for n in names if first.versions.get(n) != ours.versions.get(n)]
+        detail = ", ".join(f"{n} {first.versions.get(n)} -> {ours.versions.get(n)}" for n in changed)
+        raise LedgerError(f"the run was begun with other versions ({detail}); install those, or start another run")
+    if first.seed != ours.seed:
+        raise LedgerError(f"the run was begun with seed {first.seed}, not {ours.seed}; give it another name")
+    if first.identity != ours.identity:
+        raise LedgerError(
+            f"the run belongs to another experiment ({first.identity}, this one is {ours.identity}): its models, "
+            "space, items or settings differ; give the experiment another name, or remove the run's folder"
+        )
+
+
+def open_pool(experiment: Experiment) -> Pool:
+    """Return the pool that the experiment asks for; its workers start with the first job."""
+    settings = experiment.file.workers
+    base = experiment.space.base
+    setup = WorkerSetup(
+        template=experiment.folders[(base or experiment.space.sources[0]).name],
+        sources=experiment.folders,
+        tasks=experiment.tasks,
+        dtype=experiment.file.dtype,
+        device=settings.device,
+        threads=settings.threads,
+        batch=settings.batch,
+        trust_remote_code=experiment.file.trust_remote_code,
+    )
+    if settings.pool == "inline":
+        return InlinePool(setup.make, settings.time_limit)
+    return RayPool(
+        setup.make,
+        settings.count,
+        settings.time_limit,
+        gpus=settings.gpus,
+        cpus=settings.threads,
+        threads=settings.threads,
+    )
+
+
+def prepare(experiment: Experiment, folder: Path) -> Ledger:
+    """Make or reopen the folder of a run and return its ledger, refusing one of another experiment.
+
+    Writes `experiment.yaml` (with absolute references) where there is none yet, and adds this
+    session to `environment.json`.
+
+    Raises:
+        LedgerError: if the folder belongs to another experiment, or another process has it open.
+    """
+    record = Ledger(folder / "ledger.jsonl")
+    try:
+        if record.past:
+            check_started(record.past[0], started(experiment))
+        else:
+            text = yaml.safe_dump(experiment.file.model_dump(mode="json", exclude_none=True), sort_keys=False)
+            _write(folder / "experiment.yaml", text)
+        _note_session(experiment, folder / "environment.json")
+    except BaseException:
+        record.close()
+        raise
+    return record
+
+
+def _note_session(experiment: Experiment, file: Path) -> None:
+    try:
+        sessions = json.loads(file.read_text(encoding="utf-8"))["sessions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        sessions = []  # only a diary: a lost one is begun anew
+    session = {
+        "time": now(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "versions": versions(experiment),
+        "workers": experiment.file.workers.model_dump(mode="json"),
+    }
+    _write(file, json.dumps({"sessions": [*sessions, session]}, indent=2) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def now() -> float:
+    """Return the time in seconds since 1970, to the millisecond."""
+    return round(time.time(), 3)

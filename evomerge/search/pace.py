@@ -1,0 +1,76 @@
+"""How long a run takes: what it asks at most, and how fast its workers answer."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from evomerge.evaluation.task import SPLITS
+from evomerge.experiment import Experiment
+from evomerge.pool import Job, Pool
+from evomerge.search.beginning import baselines_of, warmup_of
+from evomerge.value import value
+
+
+def planned(experiment: Experiment) -> dict[str, tuple[int, int]]:
+    """Return for each step of a run how many candidates it asks at most, and how many items of each."""
+    sizes = {s: sum(len(i) for i in experiment.items(s).values()) for s in SPLITS}
+    known = len(baselines_of(experiment))
+    settings, candidates = experiment.file.estimator, experiment.file.budget.candidates
+    few = settings.anchors if settings.name == "p_irt" else settings.items
+    each = sizes["search"] if few is None else sum(min(few, len(i)) for i in experiment.items("search").values())
+    finalists = min(experiment.file.finalists, candidates)
+    shown = len(experiment.baselines) + 2
+    return {
+        "warm-up": (known + len(warmup_of(experiment)), sizes["search"] if settings.name == "p_irt" else each),
+        "search": (candidates, each),
+        "validation": (known + finalists, sizes["validation"]),
+        "test": (shown + finalists, sizes["test"]),
+    }
+
+
+def planned_items(experiment: Experiment) -> dict[str, int]:
+    """Return how many items a run will ask at most, step by step."""
+    return {step: candidates * items for step, (candidates, items) in planned(experiment).items()}
+
+
+@value
+class Pace:
+    """How fast one worker is: seconds per candidate, whatever it is asked, and seconds per item."""
+
+    candidate: float
+    item: float
+
+    def seconds(self, experiment: Experiment, done: Mapping[str, int]) -> float:
+        """Return the time that is left of a run for one worker, when so many items were asked at each step."""
+        left = 0.0
+        for step, (candidates, items) in planned(experiment).items():
+            share = max(0.0, 1 - done[step] / (candidates * items))
+            left += share * candidates * (self.candidate + items * self.item)
+        return left
+
+
+def measure_pace(experiment: Experiment, pool: Pool, workers: int, items: int = 40) -> Pace:
+    """Time a few answers of the first source, on few items and on four times as many; nothing is recorded.
+
+    Args:
+        experiment: what will be run.
+        pool: who will answer; all its workers are started first, and that is not counted.
+        workers: how many they are.
+        items: items per task of the smaller question.
+    """
+    recipe = baselines_of(experiment)[0].recipe
+    number = 0
+
+    def ask(count: int, jobs: int) -> float:
+        nonlocal number
+        few = {task: places[:count] for task, places in experiment.items("search").items()}
+        for _ in range(jobs):
+            number -= 1  # no number of a candidate; another seed, so that each is built anew
+            again = replace(recipe, seed=-number)
+            pool.submit(Job(candidate=number, recipe=again, split="search", items=few))
+        return min(pool.wait().seconds for _ in range(jobs))
+
+    ask(items, 2 * workers)
+    small, large = ask(items, 2 * workers), ask(4 * items, 2 * workers)  # the first time items are tokenized
+    asked = [sum(min(count, len(i)) for i in experiment.items("search").values()) for count in (items, 4 * items)]
+    each = max(large - small, 0.0) / (asked[1] - asked[0]) if asked[1] > asked[0] else small / asked[0]
+    return Pace(candidate=max(small - each * asked[0], 0.0), item=each)
