@@ -142,6 +142,59 @@ EXPERIMENTS: list[tuple[str, Callable[[dict[str, Any]], object], tuple[str, ...]
         ("objectives.1", "second objective 'cipher'", "another name"),
     ),
     (
+        "a name for a property",
+        set_key("objectives", to=[{"task": "cipher"}, {"property": "depth", "name": "layers"}]),
+        ("objectives.1.name", "'depth'", "leave it out"),
+    ),
+    (
+        "no task at all",
+        set_key("objectives", to=[{"property": "depth"}]),
+        ("objectives", "at least one must be a task"),
+    ),
+    (
+        "a task in place without a name",
+        set_key("objectives", to=[{"task": {"kind": "generate", "data": "x", "prompt": "{p}", "answer": "a"}}]),
+        ("objectives.0.name", "missing", "needs a name"),
+    ),
+    (
+        "an unknown key of a task in place",
+        set_key("objectives", to=[{"name": "x", "task": {"kind": "generate", "dat": "x", "prompt": "p"}}]),
+        ("objectives.0.task.dat", "unknown key", "did you mean 'data'?"),
+    ),
+    (
+        "a parameter out of range",
+        set_key("space", to={"methods": ["ties"], "parameters": {"density": {"low": 0.5, "high": 1.5}}}),
+        ("space.parameters.density", "must lie in [0, 1] for ties", "[0.5, 1.5]"),
+    ),
+    (
+        "a parameter that is no number",
+        set_key("space", to={"methods": ["ties"], "parameters": {"rescale": {"low": 0.0, "high": 1.0}}}),
+        ("space.parameters.rescale", "not a number", "leave it out"),
+    ),
+    (
+        "one value for all sources",
+        set_key(
+            "space", to={"methods": ["ties"], "parameters": {"scale": {"low": 0.5, "high": 1.0, "per_source": True}}}
+        ),
+        ("space.parameters.scale.per_source", "one scale for all sources"),
+    ),
+    (
+        "an unknown key of a space in place",
+        set_key("space", to={"methods": ["ties"], "wieght": {"low": 0.0, "high": 1.0}}),
+        ("space.wieght", "unknown key", "did you mean 'weight'?"),
+    ),
+    (
+        "a lambda twice",
+        set_key("baselines", to={"lambdas": [0.1, 0.1]}),
+        ("baselines.lambdas", "two are equal", "leave one out"),
+    ),
+    (
+        "a source that is called base",
+        set_key("models", "sources", to={"base": "zoo/cipher"}),
+        ("models.sources.base", "rename the source"),
+    ),
+    ("a driver without a name", set_key("driver", to={"population": 8}), ("driver.name", "missing", "nsga2")),
+    (
         "more items than there are",
         set_key("splits", to={"test": 5000}),
         ("objectives.0", "test items", "splits.test wants 5000"),

@@ -302,6 +302,25 @@ def test_properties_of_the_model_are_objectives_too(tmp_path: Path) -> None:
     assert f"{base.num_parameters():,}" in printed
 
 
+def test_a_task_may_be_a_name_a_path_or_the_thing_itself(tmp_path: Path) -> None:
+    """All three mean the same items, and a run made of them can be resumed from its own folder."""
+    given = yaml.safe_load((ROOT / "fitness/cipher.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "cipher.jsonl").write_bytes((ROOT / "fitness/zoo/cipher.jsonl").read_bytes())
+    (tmp_path / "by_path.yaml").write_text(yaml.safe_dump(given | {"data": "cipher.jsonl"}), encoding="utf-8")
+    objectives = [
+        {"task": "cipher"},
+        {"task": "by_path.yaml", "name": "path"},
+        {"task": given | {"data": "cipher.jsonl"}, "name": "itself"},
+    ]
+    path = small(tmp_path, objectives=objectives, estimator={"name": "mean", "items": 5}, budget={"candidates": 2})
+    cli("run", path, "--runs", tmp_path)
+
+    tasks = load(tmp_path / "small/experiment.yaml").tasks
+    assert [task.splits for task in tasks.values()] == [tasks["cipher"].splits] * 3
+    assert list(tasks) == ["cipher", "path", "itself"]
+    assert "itself" in cli("resume", tmp_path / "small")
+
+
 def test_help_ls_and_report_start_without_torch(whole: tuple[Path, str]) -> None:
     """The commands that only read text do not wait for torch."""
     for arguments in (["--help"], ["ls"], ["report", str(whole[0])], ["status", str(whole[0])]):
