@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -99,6 +100,24 @@ class Pool(Protocol):
         ...
 
 
+class _Closing(ABC):
+    """What both pools have in common: leaving a `with` block closes them."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop the workers and forget the jobs; may be called twice."""
+
+    def __enter__(self) -> Self:
+        """Return the pool itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the pool."""
+        self.close()
+
+
 class _TimeUp(BaseException):
     """Raised by the alarm; not an Exception, so that no worker mistakes it for its candidate's failure."""
 
@@ -122,7 +141,7 @@ def answer_safely(ask: Callable[[Job], Answer], job: Job) -> Answer:
         return failure(job, f"{type(problem).__name__}: {problem}", time.monotonic() - start)
 
 
-class InlinePool:
+class InlinePool(_Closing):
     """Answers jobs in this process, one at each `wait`, in the order of their submission.
 
     Args:
@@ -174,16 +193,6 @@ class InlinePool:
         self._queue.clear()
         self._worker = None
 
-    def __enter__(self) -> Self:
-        """Return the pool itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the pool."""
-        self.close()
-
 
 @dataclass
 class _Ticket:
@@ -224,7 +233,7 @@ class _Host:
         return answer_safely(self._worker.answer, job)
 
 
-class RayPool:
+class RayPool(_Closing):
     """Answers jobs in Ray actors, one job at a time in each, queued jobs in the order of their submission.
 
     Ray is started on this machine unless it is running in this process already or an address is
@@ -329,16 +338,6 @@ class RayPool:
         if self._owns_ray:
             self._owns_ray = False
             ray.shutdown()
-
-    def __enter__(self) -> Self:
-        """Return the pool itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the pool."""
-        self.close()
 
     def _seat(self) -> _Seat:
         import ray

@@ -29,7 +29,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def refused(command: list[str], *parts: str) -> None:
+def assert_refused(command: list[str], *parts: str) -> None:
     """Run a command and check that it is refused in one line that holds these parts."""
     before = _files()
     result = CliRunner().invoke(app, command)
@@ -44,7 +44,7 @@ def refused(command: list[str], *parts: str) -> None:
 
 
 def _files() -> dict[str, bytes]:
-    """Return every file below the current folder; the lock of a ledger leaves an empty file that says nothing."""
+    """Return every file below the current folder with its content."""
     return {str(path): path.read_bytes() for path in sorted(Path.cwd().rglob("*")) if path.is_file()}
 
 
@@ -215,7 +215,7 @@ def test_a_malformed_experiment_is_refused(
     """`run` says file, key path and the way out, and makes no run folder."""
     edit(QUICKSTART, change)
 
-    refused(["run", QUICKSTART], QUICKSTART, *parts)
+    assert_refused(["run", QUICKSTART], QUICKSTART, *parts)
 
 
 def _no_yaml(_: Path) -> tuple[str, ...]:
@@ -227,6 +227,28 @@ def _key_twice(_: Path) -> tuple[str, ...]:
     with Path(QUICKSTART).open("a", encoding="utf-8") as file:
         file.write("seed: 1\n")
     return QUICKSTART, "'seed' is given twice"
+
+
+def _key_that_is_a_list(_: Path) -> tuple[str, ...]:
+    with Path(QUICKSTART).open("a", encoding="utf-8") as file:
+        file.write("? [a, b]\n: c\n")
+    return QUICKSTART, "not YAML", "unhashable"
+
+
+def _python_in_an_experiment(_: Path) -> tuple[str, ...]:
+    _add_python(QUICKSTART)
+    return QUICKSTART, "not YAML", "python/object"
+
+
+def _python_in_a_task(_: Path) -> tuple[str, ...]:
+    _add_python("fitness/cipher.yaml")
+    return "fitness/cipher.yaml", "not YAML", "python/object"
+
+
+def _add_python(file: str) -> None:
+    """Add what an unsafe loader would execute: it would make a file."""
+    with Path(file).open("a", encoding="utf-8") as text:
+        text.write("extra: !!python/object/apply:os.mkdir [executed]\n")
 
 
 def _binary(_: Path) -> tuple[str, ...]:
@@ -326,16 +348,17 @@ def _rewrite(zoo: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 SPOILT_FILES = [
-    _no_yaml, _key_twice, _binary, _no_file, _data_missing, _row_without_answer, _unknown_split, _task_key,
-    _no_config, _no_tensors, _pickle, _truncated, _shard_missing, _other_shape, _tensor_missing, _other_depth,
-    _other_tokenizer,
+    _no_yaml, _key_twice, _key_that_is_a_list, _python_in_an_experiment, _python_in_a_task, _binary, _no_file,
+    _data_missing, _row_without_answer, _unknown_split, _task_key, _no_config, _no_tensors, _pickle, _truncated,
+    _shard_missing, _other_shape, _tensor_missing, _other_depth, _other_tokenizer,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("spoil", SPOILT_FILES, ids=[spoil.__name__.strip("_") for spoil in SPOILT_FILES])
 def test_a_spoilt_file_is_refused(spoil: Callable[[Path], tuple[str, ...]], workspace: Path) -> None:
     """Broken YAML, tasks and model folders are found before a run folder is made."""
-    refused(["run", QUICKSTART], *spoil(workspace / "experiments/zoo"))
+    assert_refused(["run", QUICKSTART], *spoil(workspace / "experiments/zoo"))
+    assert not (workspace / "executed").exists()
 
 
 def _recipe(workspace: Path) -> dict[str, Any]:
@@ -385,7 +408,19 @@ def test_a_malformed_recipe_is_refused(
     change(data)
     Path("recipe.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
 
-    refused(["check", "recipe.yaml"], "recipe.yaml", *parts)
+    assert_refused(["check", "recipe.yaml"], "recipe.yaml", *parts)
+
+
+@pytest.mark.usefixtures("workspace")
+def test_merge_keys_of_yaml_are_understood() -> None:
+    """`<<` brings keys of another mapping, and one of them may be given again."""
+    text = Path(QUICKSTART).read_text(encoding="utf-8")
+    text += "splits: {<<: &sizes {search: 50, test: 30}, search: 40}\n"
+    Path(QUICKSTART).write_text(text, encoding="utf-8")
+
+    result = CliRunner().invoke(app, ["check", QUICKSTART], env={"COLUMNS": "200"})
+
+    assert "search split: arithmetic 40, strings 40, cipher 40" in result.output
 
 
 STARTED = (
@@ -414,7 +449,7 @@ def test_a_malformed_ledger_is_refused(
         (tmp_path / "broken").mkdir()
         (tmp_path / "broken/ledger.jsonl").write_text(text, encoding="utf-8")
 
-    refused([command, "broken"], *parts)
+    assert_refused([command, "broken"], *parts)
 
 
 def test_there_are_at_least_thirty_malformed_inputs() -> None:

@@ -263,27 +263,17 @@ def test_a_failure_is_one_line():
 
 
 @pytest.fixture(scope="module")
-def ray_session():
-    """One local Ray for all pools of this file; its workers cannot import this module, so it travels by value."""
-    import ray
+def by_value(ray_session):
+    """Let this module travel to Ray's workers by value: they cannot import it."""
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(
-        num_cpus=4,
-        num_gpus=0,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=100 * 2**20,
-    )
     yield
-    ray.shutdown()
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
+@pytest.mark.usefixtures("by_value")
 class TestRay(PoolContract):
     @pytest.fixture
     def pool(self, tmp_path):

@@ -28,9 +28,9 @@ from evomerge.ledger import (
     settled,
 )
 from evomerge.pareto import dominates, hypervolume
-from evomerge.pool import InlinePool, Job, Pool
+from evomerge.pool import Answer, InlinePool, Job, Pool
 from evomerge.run import Run
-from evomerge.search import Search, planned_items, prepare, reference
+from evomerge.search import Search, measure_pace, planned, planned_items, prepare, reference
 from evomerge.spaces.blend import Range
 from evomerge.value import value as frozen
 from tests.toy import SIZES, TASKS, ShufflingPool, ToyWorker, difficulty, quality, toy
@@ -242,6 +242,47 @@ def test_planned_items_are_an_upper_bound(tmp_path: Path) -> None:
         run = Run(conduct(experiment, tmp_path / str(estimator["name"])))
         asked, planned = dict(run.items), planned_items(experiment)
         assert all(asked[step] <= planned[step] for step in planned)
+
+
+def test_the_planned_items_hold_when_every_baseline_reaches_the_test(tmp_path: Path) -> None:
+    """Lambdas that are in the front (here they are equal on all items) are tested too, and the bound said so."""
+    experiment = toy(baselines={"lambdas": [0.4998, 0.4999, 0.5, 0.5001]}, finalists=1)
+    run = Run(conduct(experiment, tmp_path))
+
+    assert sum(1 for i in run.rescored["test"] if run.asked[i].origin == "arithmetic") == 4
+    assert run.items["test"] <= planned_items(experiment)["test"]
+
+
+class Timed(ToyWorker):
+    """A worker whose answers say that they took so many seconds each, and so many per item."""
+
+    def __init__(self, candidate: float, item: float) -> None:
+        super().__init__()
+        self.candidate, self.item = candidate, item
+
+    def answer(self, job: Job) -> Answer:
+        """Answer, and say how long it took."""
+        items = sum(len(places) for places in job.items.values())
+        return replace(super().answer(job), seconds=self.candidate + items * self.item)
+
+
+@pytest.mark.parametrize(("candidate", "item"), [(0.02, 0.0005), (0.0, 0.003), (0.5, 0.1), (20.0, 3.0)])
+def test_the_pace_is_that_of_the_worker(candidate: float, item: float) -> None:
+    """Seconds per candidate and per item are found; a slow worker is asked few items, and its start weighs on them."""
+    worker = Timed(candidate, item)
+    with InlinePool(lambda: worker) as pool:
+        pace = measure_pace(toy(), pool, workers=1)
+
+    asked = sum(len(places) for job in worker.jobs for places in job.items.values())
+    few = 2 * 4  # tasks x items of the first question
+    if candidate + few * item > 1:  # a single point gives no line: all is taken to be the items'
+        assert (pace.candidate, pace.item) == pytest.approx((0.0, candidate / few + item))
+        assert asked == 3 * few
+    else:
+        assert (pace.candidate, pace.item) == pytest.approx((candidate, item))
+    total = sum(c * (pace.candidate + n * pace.item) for c, n in planned(toy()).values())
+    assert pace.seconds(toy(), dict.fromkeys(planned(toy()), 0)) == pytest.approx(total)
+    assert pace.seconds(toy(), planned_items(toy())) == 0
 
 
 @pytest.mark.parametrize(

@@ -250,23 +250,6 @@ def test_a_setup_is_made_without_torch():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.fixture(scope="module")
-def ray_session():
-    """One local Ray for the pools of this file."""
-    import ray
-
-    ray.init(
-        num_cpus=2,
-        num_gpus=0,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=100 * 2**20,
-    )
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_inline_and_ray_give_the_same_answers(setup):

@@ -30,12 +30,12 @@ class _UniqueLoader(yaml.SafeLoader):
 
 
 def _unique_mapping(loader: _UniqueLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    # Before merge keys (<<) are resolved: what they bring may well be given again.
     seen = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
-        seen.add(key)
+    for key, _ in node.value:
+        if (key.tag, str(key.value)) in seen:
+            raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+        seen.add((key.tag, str(key.value)))
     return loader.construct_mapping(node, deep=True)
 
 
@@ -57,7 +57,7 @@ def read_yaml(path: Path) -> dict[str, Plain]:
     except UnicodeDecodeError:
         raise ExperimentError(f"{path}: not a text file; give the path of a YAML file") from None
     try:
-        data = yaml.load(text, Loader=_UniqueLoader)  # a subclass of the safe loader
+        data = _UniqueLoader(text).get_single_data()
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark
         place = f":{mark.line + 1}" if mark else ""

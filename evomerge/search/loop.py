@@ -319,6 +319,8 @@ class Search:
             self._flush_warnings()
 
     def _flush_warnings(self) -> None:
+        if not self._warnings:
+            return
         warned = {event.text for event in self._record.past if isinstance(event, Warned)}
         for text in self._warnings:
             if text not in warned:

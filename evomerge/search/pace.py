@@ -9,6 +9,10 @@ from evomerge.pool import Job, Pool
 from evomerge.search.beginning import baselines_of, warmup_of
 from evomerge.value import value
 
+#: Items per task to time, and the seconds of an answer beyond which no greater number is tried.
+_SIZES = (4, 16, 64, 256)
+_ENOUGH = 1.0
+
 
 def planned(experiment: Experiment) -> dict[str, tuple[int, int]]:
     """Return for each step of a run how many candidates it asks at most, and how many items of each."""
@@ -18,12 +22,11 @@ def planned(experiment: Experiment) -> dict[str, tuple[int, int]]:
     few = settings.anchors if settings.name == "p_irt" else settings.items
     each = sizes["search"] if few is None else sum(min(few, len(i)) for i in experiment.items("search").values())
     finalists = min(experiment.file.finalists, candidates)
-    shown = len(experiment.baselines) + 2
     return {
         "warm-up": (known + len(warmup_of(experiment)), sizes["search"] if settings.name == "p_irt" else each),
         "search": (candidates, each),
         "validation": (known + finalists, sizes["validation"]),
-        "test": (shown + finalists, sizes["test"]),
+        "test": (known + finalists, sizes["test"]),  # if nobody dominates anybody
     }
 
 
@@ -48,29 +51,33 @@ class Pace:
         return left
 
 
-def measure_pace(experiment: Experiment, pool: Pool, workers: int, items: int = 40) -> Pace:
-    """Time a few answers of the first source, on few items and on four times as many; nothing is recorded.
+def measure_pace(experiment: Experiment, pool: Pool, workers: int) -> Pace:
+    """Time a few answers of the first source, on more and more items until a second has passed; nothing is recorded.
 
     Args:
         experiment: what will be run.
         pool: who will answer; all its workers are started first, and that is not counted.
         workers: how many they are.
-        items: items per task of the smaller question.
     """
     recipe = baselines_of(experiment)[0].recipe
     number = 0
 
-    def ask(count: int, jobs: int) -> float:
+    def ask(count: int, jobs: int) -> tuple[int, float]:
         nonlocal number
         few = {task: places[:count] for task, places in experiment.items("search").items()}
         for _ in range(jobs):
             number -= 1  # no number of a candidate; another seed, so that each is built anew
             again = replace(recipe, seed=-number)
             pool.submit(Job(candidate=number, recipe=again, split="search", items=few))
-        return min(pool.wait().seconds for _ in range(jobs))
+        # Twice as many jobs as workers, and the least counts: the first time items are tokenized.
+        return sum(len(places) for places in few.values()), min(pool.wait().seconds for _ in range(jobs))
 
-    ask(items, 2 * workers)
-    small, large = ask(items, 2 * workers), ask(4 * items, 2 * workers)  # the first time items are tokenized
-    asked = [sum(min(count, len(i)) for i in experiment.items("search").values()) for count in (items, 4 * items)]
-    each = max(large - small, 0.0) / (asked[1] - asked[0]) if asked[1] > asked[0] else small / asked[0]
-    return Pace(candidate=max(small - each * asked[0], 0.0), item=each)
+    ask(_SIZES[0], workers)
+    timed: list[tuple[int, float]] = []
+    for count in _SIZES:
+        timed.append(ask(count, 2 * workers))
+        if timed[-1][1] > _ENOUGH:
+            break
+    (few, short), (many, long) = timed[0], timed[-1]
+    item = max(long - short, 0.0) / (many - few) if many > few else short / few
+    return Pace(candidate=max(short - item * few, 0.0), item=item)
