@@ -1,3 +1,5 @@
+"""Pools: one contract for both, and workers that raise, hang and die."""
+
 import os
 import signal
 import subprocess

@@ -1,3 +1,5 @@
+"""The worker: recipe and items in, responses or a reason out."""
+
 import subprocess
 import sys
 from dataclasses import replace

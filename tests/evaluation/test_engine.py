@@ -1,3 +1,5 @@
+"""The engine: answers as plain transformers gives them, one prompt at a time, whatever the batch."""
+
 import json
 import random
 

@@ -1,3 +1,5 @@
+"""Task files: what is read, how rows are dealt to splits, and what is refused with its place."""
+
 import json
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""Tasks and items: grading, and what makes a set of items unusable."""
+
 import pytest
 
 from evomerge.errors import TaskError
