@@ -20,7 +20,7 @@ _PUBLIC = {
     "DRIVERS": ("drivers", "DRIVERS"),
     "EvomergeError": ("errors", "EvomergeError"),
     "Experiment": ("experiment", "Experiment"),
-    "METHODS": ("operators.methods", "METHODS"),
+    "METHODS": ("stages", "METHODS"),
     "Recipe": ("recipe", "Recipe"),
     "Run": ("run", "Run"),
     "Search": ("search", "Search"),

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,15 +13,17 @@ import typer
 import yaml
 from rich.console import Console
 from rich.live import Live
+from rich.progress import Progress as Merging
 from rich.table import Table
 from rich.text import Text
 
 from evomerge import __version__, library
-from evomerge.errors import EvomergeError, ExperimentError, InvalidInput, RecipeError
+from evomerge.errors import EvomergeError, ExperimentError, InvalidInput, nearest
 
 if TYPE_CHECKING:
     from evomerge.experiment import Experiment
     from evomerge.ledger import Event
+    from evomerge.oneoff import OneOff
     from evomerge.pool import Pool
     from evomerge.report import Progress
     from evomerge.run import Run
@@ -128,6 +131,29 @@ def export(
 
 @app.command()
 @_safely
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="A recipe.yaml, or a YAML file of mergekit's.")],
+    to: Annotated[Path, typer.Option(help="The folder to make.")],
+    device: Annotated[str, typer.Option(help="Where to merge: cpu, cuda, cuda:1, …")] = "cpu",
+    threads: Annotated[int, typer.Option(min=0, help="Threads of the arithmetic; 0: as many as there are cores.")] = 0,
+    dtype: Annotated[str, typer.Option(help="In place of the recipe's: float32, bfloat16 or float16.")] = "",
+) -> None:
+    """Merge once, without a search: a recipe, ours or mergekit's, becomes a model folder."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS") if threads else ():
+        os.environ[name] = str(threads)  # libraries read them when they are first imported
+    from evomerge.oneoff import OneOff
+
+    start = time.monotonic()
+    job = OneOff(recipe, dtype)
+    out.print(_merge_plan(job))
+    with Merging(*Merging.get_default_columns(), console=out, disable=not out.is_terminal) as bar:
+        task = bar.add_task("merging", total=job.entries)
+        job.write(to, device, lambda entries: bar.advance(task, entries))
+    out.print(f"{to}: written in {_duration(time.monotonic() - start)}", soft_wrap=True)
+
+
+@app.command()
+@_safely
 def check(experiment: ExperimentArgument) -> None:
     """Check an experiment file, or a recipe, and all that it refers to; nothing is built."""
     path = _file(experiment)
@@ -142,29 +168,46 @@ def check(experiment: ExperimentArgument) -> None:
 
 @app.command(name="ls")
 @_safely
-def list_library() -> None:
-    """List the search spaces, tasks and experiments that can be named."""
+def list_library(
+    kind: Annotated[str, typer.Argument(help="methods or stages: with formulas, parameters and references.")] = "",
+) -> None:
+    """List the search spaces, tasks and experiments that can be named; or all methods, or all stages."""
+    if kind in library.TABLES:
+        _page().print(library.render_table(kind))
+        return
+    if kind and kind not in library.KINDS:
+        raise ExperimentError(f"ls {kind}: no such kind; {nearest(kind, [*library.KINDS, *library.TABLES])}")
     table = Table("kind", "name", "what it is", box=None, padding=(0, 2, 0, 0))
     roots = [library.shipped()]
     if (here := Path.cwd()) != roots[0] and any((here / kind).is_dir() for kind in library.KINDS):
         roots.insert(0, here)
-    for kind in library.KINDS:
+    for each in [kind] if kind else library.KINDS:
         # Of two with one name the workspace's own counts, as it does for `find`.
-        found = {name: path for root in reversed(roots) for name, path in library.names(kind, root)}
+        found = {name: path for root in reversed(roots) for name, path in library.names(each, root)}
         for name, path in sorted(found.items()):
-            table.add_row(kind, name, library.headline(path))
+            table.add_row(each, name, library.headline(path))
     out.print(table)
+    if not kind:
+        counts = " and ".join(f"{len(table)} {name}" for name, table in library.TABLES.items())
+        out.print(f"and {counts}: see `evomerge ls methods`, `evomerge ls stages`")
 
 
 @app.command()
 @_safely
-def show(name: Annotated[str, typer.Argument(help="kind/name, like search_spaces/task_vectors.")]) -> None:
-    """Print a search space, task or experiment that can be named."""
+def show(
+    name: Annotated[str, typer.Argument(help="kind/name, like search_spaces/task_vectors; a method; a line.")],
+) -> None:
+    """Print a search space, task or experiment that can be named; or all about a method, a stage or a line."""
     kind, _, rest = name.partition("/")
+    if kind in library.TABLES or name in library.TABLES["methods"] or "|" in name:
+        _page().print(library.render(name))
+        return
     if kind not in library.KINDS:
         found = [(k, path) for k in library.KINDS for known, path in library.names(k) if known == name]
         if len(found) != 1:
-            kinds = ", ".join(f"{k}/{name}" for k, _ in found) or ", ".join(f"{k}/…" for k in library.KINDS)
+            kinds = ", ".join(f"{k}/{name}" for k, _ in found) or ", ".join(
+                f"{k}/…" for k in (*library.KINDS, *library.TABLES)
+            )
             raise ExperimentError(f"show {name}: give one of {kinds}; see `evomerge ls`")
         path = found[0][1]
     else:
@@ -193,6 +236,11 @@ def build(
     make(directory, seed, out.print)
 
 
+def _page() -> Console:
+    """Return a console of the width of a page: a terminal's, up to 100 columns; 100 elsewhere."""
+    return Console(highlight=False, width=min(out.width, 100) if out.is_terminal else 100)
+
+
 def _file(reference: str) -> Path:
     """Return the experiment file of a path or a name."""
     if reference.endswith((".yaml", ".yml")) or Path(reference).is_file():
@@ -206,7 +254,7 @@ def _is_recipe(path: Path) -> bool:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, ValueError):
         return False
-    return isinstance(data, dict) and "layers" in data
+    return isinstance(data, dict) and ("routes" in data or "merge_method" in data)
 
 
 def _check_recipe(path: Path) -> None:
@@ -215,23 +263,37 @@ def _check_recipe(path: Path) -> None:
     Raises:
         InvalidInput: one line with the file and what does not fit.
     """
-    from evomerge.models.checkpoint import Checkpoint, check_compatible
-    from evomerge.models.materialize import plan
-    from evomerge.recipe import read
+    from evomerge.oneoff import OneOff
 
-    recipe = read(path)
-    named = {source.name: source for source in [*recipe.sources, *([recipe.base] if recipe.base else [])]}
-    try:
-        models = {name: Checkpoint(path.parent / source.path) for name, source in named.items()}
-        for name, source in named.items():
-            if source.fingerprint not in ("", models[name].fingerprint):
-                raise RecipeError(f"model {name!r} in {source.path} is not the one that the recipe was made with")
-        check_compatible(models.get(recipe.base.name) if recipe.base else None, models)
-        first = next(iter(models.values()))
-        plan(recipe, first.names, first.depth)
-    except InvalidInput as problem:
-        raise RecipeError(f"{path}: {problem}") from None
-    out.print(f"{len(recipe.layers)} layers, {recipe.dtype}, of {', '.join(named)}; digest {recipe.digest}")
+    job = OneOff(path)
+    layers = len(job.recipe.layers) or job.sources.depth
+    out.print(f"{layers} layers, {job.recipe.dtype}, of {', '.join(job.folders)}; digest {job.recipe.digest}")
+
+
+def _merge_plan(job: "OneOff") -> Table:
+    """Return the table of what a merge is about to do."""
+    recipe = job.recipe
+    names = ", ".join(source.name for source in recipe.sources)
+    taken = {name: count for name, count in getattr(job.sources, "taken", {}).items() if count}
+    rows = {
+        "models": names + (f" over {recipe.base.name}" if recipe.base else ""),
+        "methods": ", ".join(dict.fromkeys(blend.method for blend in recipe.blends())),
+        "model": f"{len(job.steps)} tensors, {job.entries:,} parameters, {recipe.dtype}, {_size(job.bytes)}",
+        "memory": f"at most {_size(job.peak)} beside the program",
+        "passes": "1 over the models" + f", and before it up to {2 * job.passes} for thresholds" * bool(job.passes),
+        "digest": recipe.digest,
+    }
+    if taken:
+        rows["tokens"] = "taken from others: " + ", ".join(f"{count:,} by {name}" for name, count in taken.items())
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, text in rows.items():
+        table.add_row(Text(name, style="bold"), Text(text))
+    return table
+
+
+def _size(count: int) -> str:
+    """Return a number of bytes in the unit that people would use."""
+    return f"{count / 10**9:.1f} GB" if count >= 10**9 else f"{count / 10**6:.1f} MB"
 
 
 def _experiment_of(folder: Path) -> "Experiment":

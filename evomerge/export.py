@@ -13,18 +13,22 @@ from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.task import SPLITS
 from evomerge.experiment import Experiment
 from evomerge.ledger import Answered, Event
+from evomerge.models import mergekit
 from evomerge.models.checkpoint import Checkpoint
 from evomerge.models.locate import called
-from evomerge.models.materialize import materialize
+from evomerge.models.materialize import materialize, statistics_for
 from evomerge.models.resident import OnDisk
 from evomerge.models.save import save
-from evomerge.recipe import Recipe, to_yaml
+from evomerge.recipe import Recipe, depths_of, to_yaml
 from evomerge.run import Run
 from evomerge.spaces.proposals import baselines, recipe_of
 from evomerge.value import plain
 
 #: Share of items that may come out differently when a model is reloaded (other batches, other kernels).
 TOLERANCE = 0.01
+
+#: The file that says a recipe in mergekit's words, where there are any.
+MERGEKIT = "mergekit_config.yml"
 
 #: The splits whose answers a reloaded model is compared with: the first for which there are any.
 _SPLITS = ("validation", "test", "search")
@@ -95,9 +99,18 @@ def _write(
     sources = OnDisk({name: path for name, path in experiment.folders.items() if name in names})
     template = Checkpoint(experiment.folders[(recipe.base or recipe.sources[0]).name])
     device = experiment.file.workers.device
-    stream = ((name, tensor.to("cpu")) for name, tensor in materialize(recipe, sources, device))
-    files = {"recipe.yaml": to_yaml(recipe), "README.md": model_card(experiment, run, recipe, number)}
-    depths = [layer.depth for layer in recipe.layers]
+    statistic = statistics_for(
+        recipe, experiment.folders, device=device, trust_remote_code=experiment.file.trust_remote_code
+    )
+    stream = ((name, tensor.to("cpu")) for name, tensor in materialize(recipe, sources, device, statistic))
+    theirs = mergekit.to_mergekit(recipe, template.names, template.depth)
+    beyond = "" if theirs else mergekit.expressible(recipe, template.names, template.depth)
+    files = {
+        "recipe.yaml": to_yaml(recipe),
+        "README.md": model_card(experiment, run, recipe, number, beyond),
+        **({MERGEKIT: theirs} if theirs else {}),
+    }
+    depths = depths_of(recipe, (recipe.base or recipe.sources[0]).name)
     try:
         save(stream, template, staging, dtype=recipe.dtype, extra_files=files, depths=depths, replace=True)
         check = _check(experiment, staging, recorded)
@@ -181,9 +194,17 @@ def _overview(experiment: Experiment, run: Run, index: Mapping[str, Any]) -> str
     return "\n".join(lines) + "\n"
 
 
-def model_card(experiment: Experiment, run: Run, recipe: Recipe, number: int) -> str:
-    """Return the README of an exported model: what it is made of, how good it is, how to load it."""
-    methods = sorted({blend.method for blend in recipe.blends()})
+def model_card(experiment: Experiment, run: Run, recipe: Recipe, number: int, beyond: str = "") -> str:
+    """Return the README of an exported model: what it is made of, how good it is, how to load it.
+
+    Args:
+        experiment: the experiment of the run.
+        run: its state.
+        recipe: what the model is built from.
+        number: the candidate.
+        beyond: why mergekit cannot make this model; empty if it can.
+    """
+    methods = sorted({_worded(blend.method) for blend in recipe.blends()})
     names = [source.name for source in recipe.sources]
     split = next((split for split in reversed(SPLITS) if run.scores(number, split)), "search")
     scores = run.scores(number, split)
@@ -204,6 +225,8 @@ def model_card(experiment: Experiment, run: Run, recipe: Recipe, number: int) ->
             + (", with task vectors taken from base" if recipe.base else "")
             + f"; found by evomerge {__version__} in the run `{experiment.file.name}` (seed {experiment.file.seed}). "
             f"`recipe.yaml` says exactly how it was built; digest `{recipe.digest}`.",
+            "",
+            f"mergekit cannot make it: {beyond}." if beyond else f"`{MERGEKIT}` makes the same model with mergekit.",
             "",
             f"## Scores on the {split} split",
             "",
@@ -233,6 +256,11 @@ def model_card(experiment: Experiment, run: Run, recipe: Recipe, number: int) ->
             "",
         ]
     )
+
+
+def _worded(method: str) -> str:
+    """Return a method as a sentence names it."""
+    return f"the stages `{method}`" if "|" in method else method
 
 
 def _replace(file: Path, text: str) -> None:

@@ -97,7 +97,8 @@ def spread(losses: ArrayLike, reference: Sequence[float], count: int) -> list[in
         while gains and len(chosen) < count:
             best = max(gains, key=lambda i: (gains[i], -i))
             now = hypervolume(points[[*chosen, best]], reference) - volume
-            if now < gains[best] and now < max((gain for i, gain in gains.items() if i != best), default=0.0):
+            rival = max(((gain, -i) for i, gain in gains.items() if i != best), default=(0.0, -best))
+            if now < gains[best] and (now, -best) < rival:
                 gains[best] = now
                 continue
             chosen.append(best)

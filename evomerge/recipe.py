@@ -1,18 +1,25 @@
 """Recipes: plain data that says exactly which model to build, with nothing left to decide."""
 
+import dataclasses
+import fnmatch
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import yaml
 
-from evomerge.errors import RecipeError
+from evomerge.errors import RecipeError, nearest
+from evomerge.methods import Given, canonical, draws
 from evomerge.value import Plain, digest, parse, plain, value
 
 #: A parameter of a method: one for all sources, or one per source name.
-Parameter = float | str | Mapping[str, float]
+Parameter = Given
 
-#: The module groups that a recipe tells apart inside a layer.
+#: The module groups that a recipe tells apart: three inside a layer, and the two ends.
 GROUPS = ("attention", "mlp", "other")
+ENDS = ("embedding", "head")
+
+#: The form of recipes.
+VERSION = 2
 
 #: Output dtypes that a recipe may declare.
 DTYPES = ("float32", "bfloat16", "float16")
@@ -20,108 +27,207 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @value
 class Source:
-    """A model that goes into a merge.
+    """A model that goes into a merge: a folder, or what another recipe makes.
 
     `fingerprint` is the content address of its files, so that a recipe built on another
     machine can tell that it met the same model; the digest of a recipe counts it and not the path.
     """
 
     name: str
-    path: str
+    path: str = ""
     fingerprint: str = ""
+    recipe: "Recipe | None" = None
+
+    def __post_init__(self) -> None:
+        if bool(self.path) == (self.recipe is not None):
+            raise RecipeError(f"source {self.name!r} must have either a path or a recipe")
 
 
 @value
 class Blend:
-    """One merge of some tensors: a method, a weight per source, and the method's parameters."""
+    """One merge of some tensors: a method or line of stages, a weight per source, and the method's parameters."""
 
     method: str
     weights: Mapping[str, float]
-    parameters: Mapping[str, Parameter]
+    parameters: Mapping[str, Parameter] = dataclasses.field(default_factory=dict)
 
 
 @value
-class Layer:
-    """One layer of the model to build: `depth` is the layer of the sources that its tensors come from."""
+class Route:
+    """Which tensors a blend is for: those that fit all that is given here.
 
-    depth: int
-    attention: Blend
-    mlp: Blend
-    other: Blend
+    Attributes:
+        blend: how to merge them.
+        tensors: a shell pattern that the name of the tensor that is built must fit.
+        groups: module groups and ends; empty: all.
+        layers: the first layer and the one after the last, of the model that is built; None: everywhere, ends included.
+    """
 
-    def group(self, name: str) -> Blend:
-        """Return the blend of a module group (`attention`, `mlp`, `other`)."""
-        return {"attention": self.attention, "mlp": self.mlp, "other": self.other}[name]
+    blend: Blend
+    tensors: str = "*"
+    groups: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for group in self.groups:
+            if group not in GROUPS + ENDS:
+                raise RecipeError(f"group {group!r} is not known; {nearest(group, GROUPS + ENDS)}")
+        if self.layers is not None and (len(self.layers) != 2 or not 0 <= self.layers[0] < self.layers[1]):
+            raise RecipeError(f"layers must be the first layer and the one after the last, got {list(self.layers)}")
+
+    def takes(self, tensor: str, group: str, layer: int | None) -> bool:
+        """Tell whether a tensor of the model that is built goes this way.
+
+        Args:
+            tensor: its name.
+            group: its module group, or the end that it stands at.
+            layer: its layer, or None at the ends.
+        """
+        if self.groups and group not in self.groups:
+            return False
+        if self.layers is not None and (layer is None or not self.layers[0] <= layer < self.layers[1]):
+            return False
+        return self.tensors == "*" or fnmatch.fnmatchcase(tensor, self.tensors)
 
 
 @value
 class Recipe:
-    """What to build: sources, the base of task vectors, one `Layer` per layer, and both ends.
+    """What to build: sources, the base of task vectors, and the first route that fits a tensor says how to blend it.
 
-    `embedding` blends the tensors before the first layer, `head` those after the last
-    (final norm and output head). `dtype` is the dtype of the model that is built, scored
-    and shipped. `seed` keys the random masks of methods that have them.
+    Attributes:
+        sources: what goes in, in an order that some methods care about.
+        base: the model that task vectors are taken from.
+        routes: in order; a tensor that none fits is an error.
+        dtype: of the model that is built, scored and shipped.
+        layers: the layer of the sources that each layer takes its tensors from: one number for all of them, or one
+            per source and base; empty: each its own.
+        seed: keys the random masks of methods that have them.
+        calibration: a file of texts, for methods that take statistics.
+        tokenizer: empty where all sources share one vocabulary; "union" of theirs, or the source (or base) whose
+            vocabulary the model gets; embeddings and head are then brought to it.
     """
 
     sources: tuple[Source, ...]
-    base: Source | None
-    embedding: Blend
-    layers: tuple[Layer, ...]
-    head: Blend
+    base: Source | None = None
+    routes: tuple[Route, ...]
     dtype: str
+    layers: tuple[int | Mapping[str, int], ...] = ()
     seed: int = 0
-    version: int = 1
+    calibration: Source | None = None
+    tokenizer: str = ""
+    version: int = VERSION
 
     def __post_init__(self) -> None:
-        if self.version != 1:
-            raise RecipeError(f"recipe version {self.version} is not known; this evomerge reads version 1")
+        if self.version != VERSION:
+            raise RecipeError(f"recipe version {self.version} is not known; this evomerge reads version {VERSION}")
         if self.dtype not in DTYPES:
             raise RecipeError(f"recipe dtype {self.dtype!r} is not known; use one of {', '.join(DTYPES)}")
-        names = [source.name for source in self.sources]
+        names = [source.name for source in (*self.sources, *([self.base] if self.base else []))]
         if len(set(names)) != len(names):
-            raise RecipeError(f"recipe sources must have distinct names, got {names}")
+            raise RecipeError(f"recipe sources and base must have distinct names, got {names}")
+        if self.tokenizer not in ("", "union", *names):
+            raise RecipeError(f"recipe tokenizer {self.tokenizer!r} is no source; {nearest(self.tokenizer, names)}")
+        if not self.routes:
+            raise RecipeError("recipe has no route; give at least one, with a blend")
+        for k, given in enumerate(self.layers):
+            if isinstance(given, Mapping) and set(given) != set(names):
+                way = f"give one layer for all, or each of {names} its own"
+                raise RecipeError(f"recipe layer {k}: {way}, got {dict(given)}")
+        sources = names[: len(self.sources)]
         for blend in self.blends():
             for name in blend.weights:
-                if name not in names:
-                    raise RecipeError(f"a blend of the recipe weighs {name!r}, which is not a source ({names})")
+                if name not in sources:
+                    raise RecipeError(f"a blend of the recipe weighs {name!r}; {nearest(name, sources)}")
 
     def blends(self) -> Iterator[Blend]:
-        """Yield every blend of the recipe, ends included."""
-        yield self.embedding
-        for layer in self.layers:
-            yield from (layer.attention, layer.mlp, layer.other)
-        yield self.head
+        """Yield the blend of every route."""
+        return (route.blend for route in self.routes)
+
+    def route(self, tensor: str, group: str, layer: int | None) -> Route:
+        """Return the first route that a tensor fits; see `Route.takes`.
+
+        Raises:
+            RecipeError: if none does.
+        """
+        found = next((route for route in self.routes if route.takes(tensor, group, layer)), None)
+        if found is None:
+            where = f"group {group}" if layer is None else f"group {group}, layer {layer}"
+            raise RecipeError(f"tensor {tensor!r} ({where}) fits no route; add one without conditions at the end")
+        return found
 
     @property
     def digest(self) -> str:
-        """The content address of what is built: 16 hexadecimal digits, the same wherever the models lie."""
+        """The content address of what is built: 16 hexadecimal digits, the same wherever the models lie.
+
+        Recipes that build the same by the same arithmetic have the same one: a named method and its line, a stage
+        that does nothing and none, a source without weight and its parameters.
+        """
         form = plain(self)
-        for source in [*form["sources"], form["base"]]:
-            if source is not None:
-                del source["path"]
+        for name in ("sources", "base", "calibration"):
+            form[name] = [_content(source) for source in _listed(getattr(self, name))]
+        for route, each in zip(self.routes, form["routes"], strict=True):
+            each["blend"] = canonical(route.blend.method, route.blend.weights, route.blend.parameters)
+        if not any(draws(blend.method, blend.weights, blend.parameters) for blend in self.blends()):
+            del form["seed"]
         return digest(form)
+
+
+def _listed(sources: "Source | tuple[Source, ...] | None") -> tuple[Source, ...]:
+    return (sources,) if isinstance(sources, Source) else sources or ()
+
+
+def _content(source: Source) -> list[str]:
+    return [source.name, source.recipe.digest if source.recipe else source.fingerprint]
+
+
+def models_of(recipe: Recipe) -> dict[str, Source]:
+    """Return every model that lies in a folder and goes into a recipe, by name: sources, base, those of inner recipes.
+
+    Raises:
+        RecipeError: if one name stands for two models.
+    """
+    found: dict[str, Source] = {}
+    for source in (*recipe.sources, *_listed(recipe.base)):
+        for name, model in (models_of(source.recipe) if source.recipe else {source.name: source}).items():
+            if found.setdefault(name, model) != model:
+                raise RecipeError(f"recipe: {name!r} names two models, {found[name].path} and {model.path}; rename one")
+    return found
+
+
+def depths_of(recipe: Recipe, source: str) -> list[int]:
+    """Return the layer of a source (or the base) that each layer of a recipe takes from; none: each its own."""
+    return [given if isinstance(given, int) else given[source] for given in recipe.layers]
 
 
 def copy_of(source: Source, depth: int, dtype: str) -> Recipe:
     """Return the recipe that rebuilds one source as it is (in the declared dtype)."""
-    blend = Blend(method="linear", weights={source.name: 1.0}, parameters={})
-    layers = tuple(Layer(depth=i, attention=blend, mlp=blend, other=blend) for i in range(depth))
-    return Recipe(sources=(source,), base=None, embedding=blend, layers=layers, head=blend, dtype=dtype)
+    route = Route(blend=Blend(method="linear", weights={source.name: 1.0}))
+    return Recipe(sources=(source,), routes=(route,), layers=tuple(range(depth)), dtype=dtype)
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """Return the YAML text of a recipe; equal blends are written once (YAML anchors)."""
+    """Return the YAML text of a recipe: what differs from a default, equal blends once (YAML anchors)."""
     shared: dict[str, Plain] = {}
-
-    def share(form: Plain) -> Plain:
-        return shared.setdefault(digest(form), form)
-
-    form = plain(recipe)
-    form["embedding"], form["head"] = share(form["embedding"]), share(form["head"])
-    for layer in form["layers"]:
-        layer.update({group: share(layer[group]) for group in GROUPS})
+    form = _short(recipe)
+    for route in form["routes"]:
+        route["blend"] = shared.setdefault(digest(route["blend"]), route["blend"])
     # Without allow_unicode, whose text PyYAML does not always read back: "\x85" would come back as a space.
-    return yaml.safe_dump(form, sort_keys=False)
+    return yaml.safe_dump(form, sort_keys=False, default_flow_style=None, width=110)
+
+
+def _short(thing: object) -> Plain:
+    """Return the plain form without the fields that equal their default; a recipe keeps its version."""
+    if isinstance(thing, tuple):
+        return [_short(item) for item in thing]
+    if not dataclasses.is_dataclass(thing):
+        return plain(thing)
+    kept = {}
+    for field in dataclasses.fields(thing):
+        default = {} if field.default_factory is dict else field.default
+        given = getattr(thing, field.name)
+        if field.name == "version" or given != default:
+            kept[field.name] = _short(given)
+    return kept
 
 
 def from_plain(data: Plain, place: str) -> Recipe:
@@ -130,6 +236,9 @@ def from_plain(data: Plain, place: str) -> Recipe:
     Raises:
         RecipeError: naming the place and what does not fit.
     """
+    version = data.get("version", VERSION) if isinstance(data, Mapping) else VERSION
+    if version != VERSION:  # before the keys, which are those of another version
+        raise RecipeError(f"{place}: recipe version {version} is not known; this evomerge reads version {VERSION}")
     return parse(Recipe, data, place, RecipeError)
 
 

@@ -1,13 +1,23 @@
 """The worker: recipe and items in, responses out, in one process with one live model."""
 
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evomerge.errors import TaskError, nearest
 from evomerge.evaluation import Response, Task, read_task
 from evomerge.pool import Answer, Job, answer_safely
+from evomerge.recipe import Source
 from evomerge.value import value
+
+#: Bytes of sources from which on compiled lines pay for their compilation (ten seconds or so, once per line), and
+#: magnitude tables for their storing.
+LARGE = 1 << 28
+
+if TYPE_CHECKING:
+    from evomerge.operators.parts import Statistic
 
 
 @value
@@ -23,6 +33,8 @@ class WorkerSetup:
         threads: torch threads.
         batch: the most rows of a batch.
         trust_remote_code: whether code in the template's folder may run.
+        statistics: the folder where statistics of sources are kept; default: in the user's cache.
+        budget: the most bytes of sources on a device that is not the CPU; None: all of them.
     """
 
     template: Path
@@ -33,6 +45,8 @@ class WorkerSetup:
     threads: int = 1
     batch: int = 128
     trust_remote_code: bool = False
+    statistics: Path | None = None
+    budget: int | None = None
 
     def make(self) -> "ModelWorker":
         """Return a worker; this is what imports torch.
@@ -59,17 +73,26 @@ class ModelWorker:
         torch.set_num_threads(setup.threads)
 
         from evomerge.evaluation.engine import Engine
+        from evomerge.models.materialize import cache_folder
         from evomerge.models.resident import Resident
+        from evomerge.operators.fused import Lines, unavailable
 
         self._device = setup.device
         self._tasks = {
             name: given if isinstance(given, Task) else read_task(given, name) for name, given in setup.tasks.items()
         }
-        self._sources = Resident(setup.sources, setup.device)
+        self._sources = Resident(setup.sources, setup.device, setup.budget)
         self._engine = Engine(
             setup.template, setup.dtype, setup.device, setup.batch, trust_remote_code=setup.trust_remote_code
         )
         self._live: str | None = None
+        self._held: Mapping[str, str] | None = None
+        large = self._sources.bytes > LARGE
+        if large:
+            self._sources.store(cache_folder("tables"), _say)
+        self._lines = Lines() if large and unavailable() is None else None
+        self._setup = setup
+        self._statistics: dict[Source | None, Statistic] = {}
 
     def answer(self, job: Job) -> Answer:
         """Build the job's candidate and ask it; what goes wrong with it is in the answer's `error`."""
@@ -98,17 +121,29 @@ class ModelWorker:
         )
 
     def _load(self, job: Job) -> None:
-        from evomerge.models.materialize import materialize
+        from evomerge.models.materialize import Blueprint, statistics_for
 
         digest = job.recipe.digest
         if digest == self._live:
             return
         self._live = None  # a failure on the way leaves a mixture
-        self._engine.load(materialize(job.recipe, self._sources, self._device))
+        if job.recipe.calibration not in self._statistics:
+            self._statistics[job.recipe.calibration] = statistics_for(
+                job.recipe, self._setup.sources, self._setup.statistics, self._device, self._setup.trust_remote_code
+            )
+        statistic = self._statistics[job.recipe.calibration]
+        before, self._held = self._held, None
+        blueprint = Blueprint(job.recipe, self._sources, self._device, statistic, self._lines)
+        self._engine.load(blueprint.fill(before))
+        self._held = blueprint.keys()
         self._live = digest
 
     def _ask(self, name: str, split: str, items: tuple[int, ...]) -> list[Response]:
         return self._engine.answer(self._engine.plan(self._tasks[name], split, items))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _margins(responses: list[Response]) -> list[float]:

@@ -19,9 +19,10 @@ MODEL_MODULES = (
     "evomerge.experiment",
     "evomerge.search",
     "evomerge.export",
+    "evomerge.oneoff",
 )
 #: Data in these packages that must start as light as the rest: `check` reads it.
-LIGHT_INSIDE = ("evomerge.evaluation.task", "evomerge.evaluation.jsonl", "evomerge.operators.methods")
+LIGHT_INSIDE = ("evomerge.evaluation.task", "evomerge.evaluation.jsonl", "evomerge.operators")
 HEAVY = ("torch", "transformers", "datasets", "ray", "pymoo", "optuna", "cma")
 
 LINT = """

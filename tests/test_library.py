@@ -1,11 +1,19 @@
-"""The library: files found by path or by name, the user's before those that ship."""
+"""The library: files found by path or by name, the user's before those that ship; lists of methods and stages."""
+
+import re
+import subprocess
+import sys
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from evomerge import library
+from evomerge.cli import app
 from evomerge.errors import ExperimentError
-from evomerge.library import KINDS, find, headline, names, shipped, workspace
+from evomerge.library import KINDS, find, headline, names, shipped, values_of, workspace
+from evomerge.methods import Parameter, method
+from evomerge.stages import METHODS, STAGES
 
 
 @pytest.fixture
@@ -113,3 +121,146 @@ def test_everything_that_ships_is_found_and_read(kind):
         assert find(kind, name, path, "place") == path
         assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
         assert headline(path)
+
+
+def printed(*arguments, code=0):
+    """Return what a command prints where there is no terminal."""
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def joined(text):
+    """Return a text without what wrapping does to it."""
+    return "".join(text.split())
+
+
+def entry(page, name):
+    """Return the part of a list that is about one name: up to the next empty line."""
+    return re.search(rf"^{name}\n(.*?)^ *$", page, re.MULTILINE | re.DOTALL)[1]
+
+
+@pytest.mark.parametrize(("kind", "table"), [("methods", METHODS), ("stages", STAGES)])
+def test_the_list_has_all_that_the_table_says_of_each(kind, table):
+    """Formula, each parameter with default and range or options, needs and reference stand in every entry."""
+    page = printed("ls", kind)
+
+    for name, found in table.items():
+        told = joined(entry(page, name))
+        formulas = [step.stage.formula for step in found.steps] if kind == "methods" else [found.formula]
+        assert all(joined(formula) in told for formula in formulas), name
+        assert joined(found.reference) in told
+        assert "needs" in told
+        assert kind == "stages" or joined(found.line) in told
+        for own, parameter in found.parameters.items():
+            default = parameter.default if isinstance(parameter.default, str) else f"{parameter.default:g}"
+            assert f"{own}={default}({joined(values_of(parameter))})" in told, (name, own)
+
+
+def test_needs_are_those_of_the_methods():
+    """A base, statistics and masks are named where a method takes them, and only there."""
+    page = printed("ls", "methods")
+
+    assert "needs       a base " in entry(page, "ties")
+    assert "needs       nothing else" in entry(page, "linear")
+    assert "a base, if its task vectors are meant" in entry(page, "slerp")
+    for name, found in METHODS.items():
+        told = entry(page, name)
+        assert ("random masks" in told.split("needs")[-1]) == found.random
+        for kind in found.statistics:
+            assert kind in told.split("needs")[-1]
+
+
+@pytest.mark.parametrize(
+    ("parameter", "text"),
+    [
+        (Parameter(default=0.5, low=0.0, high=1.0, per_source=True), "[0, 1], per source"),
+        (Parameter(default=0.5, low=0.0), "[0, inf)"),
+        (Parameter(default=-3.0, high=0.0), "(-inf, 0]"),
+        (Parameter(default=1.0), "any number"),
+        (Parameter(default=1.0, low=0.0, high=1.0, whole=True), "0 or 1"),
+        (Parameter(default=4.0, low=1.0, whole=True), "whole, in [1, inf)"),
+        (Parameter(default="a", options=("a", "b")), "a | b"),
+        (Parameter(default="*head*", text=True), "a pattern of tensor names"),
+    ],
+)
+def test_a_range_is_told_in_few_words(parameter, text):
+    """Bounds that a value may reach stand in square brackets."""
+    assert values_of(parameter) == text
+
+
+def test_show_prints_one_method_in_full():
+    """Line, formula and reference of each stage, every parameter; the short name and the long one are the same."""
+    page = printed("show", "ties")
+
+    assert page == printed("show", "methods/ties")
+    assert METHODS["ties"].line in page
+    for step in METHODS["ties"].steps:
+        assert joined(step.stage.formula) in joined(page)
+        assert joined(step.stage.reference) in joined(page)
+    for own in METHODS["ties"].parameters:
+        assert re.search(rf"^{own} ", page, re.MULTILINE)
+    assert re.search(r"^density +0.2 +\[0, 1\], per source", page, re.MULTILINE)
+    assert "winsor.scope" in printed("show", "pcb")
+
+
+def test_show_prints_a_stage_and_a_line():
+    """A stage by `stages/NAME`; a line is read with its own defaults, and has no name."""
+    page = printed("show", "base | drop(0.3) | sum | lines")
+
+    assert re.search(r"^density +0.3 ", page, re.MULTILINE)
+    assert "random masks" in page
+    assert "method " not in page
+    assert "drops out   at density = 1" in printed("show", "stages/trim")
+    assert "drops out   with one source" in printed("show", "stages/elect")
+    assert "parameter" not in printed("show", "zero | wma | sum")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["show", "methods/tiez"], "unknown method 'tiez'; did you mean 'ties'?"),
+        (["show", "stages/trimm"], "no stage 'trimm'; did you mean 'trim'?"),
+        (["show", "base | sum | trimm"], "unknown stage 'trimm'; did you mean 'trim'?"),
+        (["show", "tiez"], "methods/…"),
+        (["ls", "method"], "did you mean 'methods'?"),
+    ],
+)
+def test_what_is_not_there_is_one_line_with_the_way_out(arguments, says):
+    """Exit code 2, and the nearest name."""
+    text = printed(*arguments, code=2)
+
+    assert says in text
+    assert text.count("\n") == 1
+
+
+def test_the_lists_are_plain_text_of_100_columns_where_there_is_no_terminal():
+    """No control characters, no line that is longer, and the plain `ls` says where to look."""
+    for page in (printed("ls", "methods"), printed("ls", "stages"), printed("show", "wudi")):
+        assert "\x1b" not in page
+        assert max(map(len, page.splitlines())) <= 100
+    assert f"{len(METHODS)} methods and {len(STAGES)} stages" in printed("ls")
+    assert "quickstart" in printed("ls", "experiments")
+    assert "search_spaces" not in printed("ls", "experiments")
+
+
+@pytest.mark.parametrize("arguments", [["ls", "methods"], ["ls", "stages"], ["show", "ties"]])
+def test_methods_are_listed_without_torch(arguments):
+    """What only reads tables loads nothing that is slow to start."""
+    code = f"""
+import sys
+from evomerge.cli import app
+try:
+    app({arguments!r})
+finally:
+    print([name for name in ("torch", "transformers", "ray", "numpy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=shipped(), capture_output=True, text=True, check=False)
+
+    assert done.stdout.strip().endswith("[]"), done.stdout[-200:] + done.stderr
+
+
+def test_the_tables_are_those_of_the_methods():
+    """What `show` reads as a method is what a recipe reads."""
+    assert library.TABLES["methods"] is METHODS
+    assert method("ties") is METHODS["ties"]

@@ -53,8 +53,8 @@ def edit(file: str, change: Callable[[dict[str, Any]], object]) -> None:
     path = Path(file)
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     change(data)
-    dump = json.dumps if path.suffix == ".json" else yaml.safe_dump
-    path.write_text(dump(data), encoding="utf-8")
+    text = json.dumps(data) if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
+    path.write_text(text, encoding="utf-8")
 
 
 QUICKSTART = "experiments/quickstart.yaml"
@@ -169,14 +169,118 @@ EXPERIMENTS: list[tuple[str, Callable[[dict[str, Any]], object], tuple[str, ...]
     (
         "a parameter that is no number",
         set_key("space", to={"methods": ["ties"], "parameters": {"rescale": {"low": 0.0, "high": 1.0}}}),
-        ("space.parameters.rescale", "not a number", "leave it out"),
+        ("space.parameters.rescale", "is a word in ties", "give one, or a list", "l1"),
     ),
     (
         "one value for all sources",
         set_key(
             "space", to={"methods": ["ties"], "parameters": {"scale": {"low": 0.5, "high": 1.0, "per_source": True}}}
         ),
-        ("space.parameters.scale.per_source", "one scale for all sources"),
+        ("space.parameters.scale.per_source", "ties has one value for all sources", "leave it out"),
+    ),
+    (
+        "a list that is empty",
+        set_key("space", to={"methods": ["ties"], "parameters": {"zero": []}}),
+        ("space.parameters.zero", "the list is empty"),
+    ),
+    (
+        "an unknown option of a parameter",
+        set_key("space", to={"methods": ["ties"], "parameters": {"zero": ["plus", "pluss"]}}),
+        ("space.parameters.zero", "must be one of plus, minus", "'pluss'"),
+    ),
+    (
+        "a word for a number",
+        set_key("space", to={"methods": ["ties"], "parameters": {"density": "half"}}),
+        ("space.parameters.density", "must be a number", "'half'"),
+    ),
+    (
+        "a value out of range",
+        set_key("space", to={"methods": ["ties"], "parameters": {"density": 2}}),
+        ("space.parameters.density", "must be finite and lie in [0, 1]", "2"),
+    ),
+    (
+        "half of a whole number",
+        set_key("space", to={"methods": ["cabs"], "parameters": {"n": {"low": 1.5, "high": 8}}}),
+        ("space.parameters.n", "is a whole number in cabs", "[1.5, 8]"),
+    ),
+    (
+        "an unknown key of a range",
+        set_key("space", to={"methods": ["ties"], "parameters": {"density": {"low": 0.5, "hihg": 0.6}}}),
+        ("space.parameters.density.hihg", "unknown key", "did you mean 'high'?"),
+    ),
+    (
+        "a parameter of another kind",
+        set_key("space", to={"methods": ["ties"], "parameters": {"density": [0.5, 0.6]}}),
+        ("space.parameters.density.0", "should be a valid string, got 0.5"),
+    ),
+    (
+        "a line that is none",
+        set_key("space", to={"methods": ["linear", "base | sum | elect"]}),
+        ("space.methods[1]", "combine 'sum' stands before gate 'elect'"),
+    ),
+    (
+        "an unknown stage",
+        set_key("space", to={"slots": {"origin": ["base"], "edit": ["none", "trin"], "combine": ["sum"]}}),
+        ("space.slots", "unknown stage 'trin'", "did you mean 'trim'?"),
+    ),
+    (
+        "slots that make no line",
+        set_key("space", to={"slots": {"origin": ["base"], "combine": ["none", "sum"]}}),
+        ("space.slots", "unknown method 'base'"),
+    ),
+    (
+        "a slot without options",
+        set_key("space", to={"slots": {"origin": ["base"], "combine": []}}),
+        ("space.slots", "0 lines can be made", "every slot needs an option"),
+    ),
+    (
+        "too many lines",
+        set_key("space", to={"slots": {f"s{i}": ["none", "trim", "elect", "sum"] for i in range(7)}}),
+        ("space.slots", "16384 lines can be made", "at most 4096"),
+    ),
+    (
+        "methods and slots",
+        set_key("space", to={"methods": ["ties"], "slots": {"origin": ["base"], "combine": ["sum"]}}),
+        ("space", "give either methods or slots"),
+    ),
+    ("neither methods nor slots", set_key("space", to={"knots": 2}), ("space", "give either methods or slots")),
+    (
+        "a parameter of two slots",
+        set_key(
+            "space",
+            to={
+                "slots": {"origin": ["base"], "a": ["none", "trim"], "b": ["none", "drop"], "combine": ["sum"]},
+                "parameters": {"density": {"low": 0.1, "high": 0.9}},
+            },
+        ),
+        ("space.parameters.density", "hangs on more than one slot", "name it as stage.parameter"),
+    ),
+    (
+        "a route with an unknown key",
+        set_key("space", to={"methods": ["ties"], "routes": [{"tensor": "*norm*", "blend": {}}]}),
+        ("space.routes[0].tensor", "unknown key", "did you mean 'tensors'?"),
+    ),
+    (
+        "a route of an unknown source",
+        set_key(
+            "space", to={"methods": ["ties"], "routes": [{"blend": {"method": "linear", "weights": {"cifer": 1}}}]}
+        ),
+        ("space.routes[0].blend.weights.cifer", "did you mean 'cipher'?"),
+    ),
+    (
+        "a route of an unknown method",
+        set_key(
+            "space", to={"methods": ["ties"], "routes": [{"blend": {"method": "liner", "weights": {"cipher": 1}}}]}
+        ),
+        ("space.routes[0].blend.method", "'liner'", "did you mean 'linear'?"),
+    ),
+    (
+        "a route of an unknown group",
+        set_key(
+            "space",
+            to={"methods": ["ties"], "routes": [{"groups": ["mpl"], "blend": {"method": "linear", "weights": {}}}]},
+        ),
+        ("space.routes[0]", "group 'mpl' is not known", "did you mean 'mlp'?"),
     ),
     (
         "an unknown key of a space in place",
@@ -209,9 +313,7 @@ EXPERIMENTS: list[tuple[str, Callable[[dict[str, Any]], object], tuple[str, ...]
 
 @pytest.mark.parametrize(("change", "parts"), [row[1:] for row in EXPERIMENTS], ids=[row[0] for row in EXPERIMENTS])
 @pytest.mark.usefixtures("workspace")
-def test_a_malformed_experiment_is_refused(
-    change: Callable[[dict[str, Any]], object], parts: tuple[str, ...]
-) -> None:
+def test_a_malformed_experiment_is_refused(change: Callable[[dict[str, Any]], object], parts: tuple[str, ...]) -> None:
     """`run` says file, key path and the way out, and makes no run folder."""
     edit(QUICKSTART, change)
 
@@ -375,17 +477,34 @@ def _copied(data: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
+def set_blend(*keys: str, to: Any) -> Callable[[dict[str, Any]], object]:
+    """Return a change of the only blend of a recipe."""
+    return lambda data: set_key(*keys, to=to)(data["routes"][0]["blend"])
+
+
 RECIPES: list[tuple[str, Callable[[dict[str, Any]], object], tuple[str, ...]]] = [
     ("unknown key", set_key("sede", to=1), ("sede", "unknown key", "did you mean 'seed'?")),
-    ("missing key", lambda data: data.pop("head"), ("head", "missing")),
-    ("unknown method", set_key("head", "method", to="liner"), ("'liner'", "did you mean 'linear'?")),
-    ("unknown parameter", set_key("head", "parameters", to={"normalise": 1.0}), ("normalise", "'normalize'")),
-    ("a source that is not there", set_key("head", "weights", to={"cypher": 1.0}), ("'cypher'", "not a source")),
-    ("a later version", set_key("version", to=7), ("version 7", "reads version 1")),
+    ("missing key", lambda data: data.pop("sources"), ("sources", "missing")),
+    ("no route", set_key("routes", to=[]), ("no route", "give at least one")),
+    ("unknown method", set_blend("method", to="liner"), ("'liner'", "did you mean 'linear'?")),
+    ("unknown stage", set_blend("method", to="zero | meen"), ("'meen'", "did you mean 'mean'?")),
+    ("unknown parameter", set_blend("parameters", to={"normalise": 1.0}), ("normalise", "'normalize'")),
+    ("a source that is not there", set_blend("weights", to={"cypher": 1.0}), ("'cypher'", "did you mean 'cipher'?")),
+    ("a later version", set_key("version", to=7), ("version 7", "reads version 2")),
     ("unknown dtype", set_key("dtype", to="float8"), ("'float8'", "use one of")),
-    ("a layer that no source has", lambda data: data["layers"][0].update(depth=99), ("layer 99", "layers")),
+    ("a layer that no source has", lambda data: data["layers"].append(99), ("layer 99", "layers")),
+    ("a layer for some", lambda data: data["layers"].append({"base": 0}), ("layer 4", "each of ['cipher']")),
     ("another model", lambda data: data["sources"][0].update(fingerprint="0" * 16), ("cipher", "is not the one")),
-    ("a number that is none", set_key("head", "weights", to={"cipher": "1,0"}), ("head.weights.cipher", "'1,0'")),
+    ("a number that is none", set_blend("weights", to={"cipher": "1,0"}), ("blend.weights.cipher", "'1,0'")),
+    ("a route of no layer", lambda data: data["routes"][0].update(layers=[2, 1]), ("routes[0]", "layers must be")),
+    ("a tensor without a route", lambda data: data["routes"][0].update(groups=["mlp"]), ("fits no route", "add one")),
+    ("a source of nothing", lambda data: data["sources"][0].pop("path"), ("'cipher'", "either a path or a recipe")),
+    ("an unknown tokenizer", set_key("tokenizer", to="cifer"), ("'cifer'", "did you mean 'cipher'?")),
+    (
+        "a wrong inner recipe",
+        lambda data: data.update(sources=[{"name": "cipher", "recipe": {**_copied(data), "dtype": "float8"}}]),
+        ("sources[0].recipe", "'float8'"),
+    ),
 ]
 
 

@@ -22,7 +22,11 @@ from evomerge.experiment import Experiment, load
 from evomerge.export import export_models
 from evomerge.ledger import Answered, Event, Told, read, settled
 from evomerge.models.checkpoint import Checkpoint
+from evomerge.models.materialize import materialize
+from evomerge.models.mergekit import read as read_mergekit
+from evomerge.models.resident import OnDisk
 from evomerge.pool import Answer, InlinePool, Job, RayPool
+from evomerge.recipe import Route, models_of
 from evomerge.recipe import read as read_recipe
 from evomerge.run import Run, open_run
 from evomerge.search import Search, open_pool, prepare
@@ -175,6 +179,43 @@ def test_exported_folders_hold_all_that_their_users_need(whole: tuple[Path, str]
     assert all(folder.name in (run / "pareto/README.md").read_text() for folder in folders)
 
 
+def test_mergekits_file_beside_a_recipe_says_the_same_model(whole: tuple[Path, str]) -> None:
+    """Read back and built, it gives the exported tensors up to the rounding of float32; the README names it."""
+    run, _ = whole
+    for folder in (path for path in (run / "pareto").iterdir() if path.is_dir()):
+        theirs = read_mergekit(folder / "mergekit_config.yml")
+        models = {source.name: Path(source.path) for source in models_of(theirs).values()}
+        exported = Checkpoint(folder)
+        built = dict(materialize(theirs, OnDisk(models)))
+
+        assert built.keys() == set(exported.names)
+        for name, tensor in built.items():
+            torch.testing.assert_close(tensor, exported.tensor(name), rtol=1e-6, atol=1e-7)
+        assert "`mergekit_config.yml` makes the same model" in (folder / "README.md").read_text()
+
+
+def test_a_model_beyond_mergekit_is_exported_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of one's own that takes statistics: no file for mergekit, the README has the line and says why."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "texts.txt").write_text("3+4\n5-2\nabc\n")
+    line = "base | trim(0.8) | sum | relax(0.5)"
+    few = {"estimator": {"name": "mean", "items": 5}, "budget": {"candidates": 2}, "finalists": 1}
+    path = small(tmp_path, space={"methods": [line]}, calibration=str(tmp_path / "texts.txt"), **few)
+    cli("run", path, "--runs", tmp_path)
+    searched = open_run(tmp_path / "small").searched[0].candidate
+    cli("export", tmp_path / "small", "--front", str(searched), "--to", tmp_path / "out")
+
+    folder = tmp_path / "out" / f"candidate-{searched}"
+    card = (folder / "README.md").read_text()
+    assert not (folder / "mergekit_config.yml").exists()
+    assert f"by the stages `{line}`, with task vectors" in card
+    assert "mergekit cannot make it: " in card
+    assert "takes statistics (activation)" in card
+    assert read_recipe(folder / "recipe.yaml").calibration is not None
+
+
 def test_export_writes_what_is_chosen(whole: tuple[Path, str], tmp_path: Path) -> None:
     """`--front knee` writes one model, a number writes that candidate, also one that is not in the front."""
     run, _ = whole
@@ -265,10 +306,9 @@ class Faulty(ModelWorker):
         if job.candidate == 15:
             time.sleep(60)
         if job.candidate == 14:
-            weights = dict(job.recipe.layers[0].mlp.weights)
-            blend = replace(job.recipe.layers[0].mlp, weights=dict.fromkeys(weights, 1e38))
-            layers = (replace(job.recipe.layers[0], mlp=blend), *job.recipe.layers[1:])
-            job = replace(job, recipe=replace(job.recipe, layers=layers))
+            blend = job.recipe.routes[0].blend
+            huge = Route(blend=replace(blend, weights=dict.fromkeys(blend.weights, 1e38)), groups=("mlp",))
+            job = replace(job, recipe=replace(job.recipe, routes=(huge, *job.recipe.routes)))
         return super().ask(job)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from evomerge.errors import ModelError, TaskError
 from evomerge.evaluation.task import Item, Task
 from evomerge.pool import InlinePool, Job, RayPool
-from evomerge.recipe import Blend, Layer, Recipe, Source, copy_of
+from evomerge.recipe import Blend, Recipe, Route, Source, copy_of
 from evomerge.worker import WorkerSetup
 from tests.evaluation.tiny import make_model, save
 
@@ -77,9 +77,8 @@ def blended(left: float, right: float) -> Recipe:
     return Recipe(
         sources=(source("left"), source("right")),
         base=source("base"),
-        embedding=blend,
-        layers=tuple(Layer(depth=i, attention=blend, mlp=blend, other=blend) for i in range(DEPTH)),
-        head=blend,
+        routes=(Route(blend=blend),),
+        layers=tuple(range(DEPTH)),
         dtype="float32",
     )
 
@@ -269,3 +268,110 @@ def test_inline_and_ray_give_the_same_answers(setup):
 
     assert found[0] == found[1] == found[2]
     assert [answer.error is None for answer in found[0]] == [True] * 5 + [False]
+
+
+def merged(method: str, weights: dict[str, float], **parameters: float | str) -> Recipe:
+    """Return a recipe of a method with masks or a scope of its own, as the live model's dtype has it."""
+    blend = Blend(method=method, weights=weights, parameters=parameters)
+    return replace(blended(0.0, 0.0), routes=(Route(blend=blend),), seed=5)
+
+
+#: Candidates that share tensors with others and those that do not.
+CANDIDATES = (
+    blended(0.3, 0.5),
+    merged("ties", {"left": 0.8, "right": 0.4}, density=0.3),
+    merged("dare_ties", {"left": 0.8, "right": 0.4}, density=0.6),
+    replace(
+        blended(0.3, 0.5),
+        routes=(
+            Route(blend=Blend(method="slerp", weights={"left": 1.0, "right": 0.5}, parameters={}), layers=(1, 2)),
+            *blended(0.3, 0.5).routes,
+        ),
+    ),
+    merged("ties", {"left": 0.8, "right": 0.4}, density=0.31),
+    replace(blended(0.3, 0.5), dtype="bfloat16"),
+)
+
+
+def held(worker) -> dict[str, torch.Tensor]:
+    """Return a copy of the live model's parameters."""
+    return {name: parameter.detach().clone() for name, parameter in worker._engine.model.named_parameters()}
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    """Tell whether two models have the same bits."""
+    return one.keys() == two.keys() and all(
+        torch.equal(tensor.view(torch.int32), two[name].view(torch.int32)) for name, tensor in one.items()
+    )
+
+
+def test_live_tensors_do_not_depend_on_the_order_of_jobs(setup):
+    """Two workers that got the same jobs in other orders hold the same bits after each; so does a third, fresh one."""
+    asked = [job(recipe, i, sums=(0,)) for i, recipe in enumerate(CANDIDATES)]
+    found: list[dict[int, dict[str, torch.Tensor]]] = []
+    for order in (range(6), (5, 0, 4, 1, 3, 2)):
+        worker, mine = setup.make(), {}
+        for i in order:
+            assert worker.answer(asked[i]).error is None
+            mine[i] = held(worker)
+        found.append(mine)
+
+    assert all(same(found[0][i], found[1][i]) for i in range(6))
+    assert not any(same(found[0][i], found[0][j]) for i in range(6) for j in range(i))
+    fresh = setup.make()
+    fresh.answer(asked[3])
+    assert same(held(fresh), found[0][3])
+
+
+def test_nothing_is_taken_for_written_after_a_failure(setup):
+    """A candidate that fails half way leaves tensors of its own; the next is written whole, even if it came before."""
+    worker, ends = setup.make(), blended(0.3, 0.5)
+    worker.answer(job(ends, sums=(0,)))
+    expected = held(worker)
+    impossible = replace(
+        ends,
+        routes=(
+            Route(blend=Blend(method="linear", weights={"left": 1.0}, parameters={}), layers=(0, 1)),
+            Route(blend=Blend(method="task_arithmetic", weights={"left": 1e39}, parameters={}), layers=(2, 3)),
+            *ends.routes,
+        ),
+    )
+
+    assert "not finite" in worker.answer(job(impossible, sums=(0,))).error
+    assert not same(held(worker), expected)
+    assert worker.answer(job(ends, sums=(0,))).error is None
+    assert same(held(worker), expected)
+
+
+def test_compiled_lines_write_what_the_plain_ones_write(setup, monkeypatch, tmp_path):
+    """A worker whose sources are great enough compiles its lines, and holds the same bits as one that does not."""
+    from evomerge import worker as module
+    from evomerge.operators import fused
+
+    if fused.unavailable() is not None:
+        pytest.skip(f"nothing can be compiled here: {fused.unavailable()}")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    plain = setup.make()
+    monkeypatch.setattr(module, "FUSED", 0)
+    compiled = setup.make()
+    assert plain._lines is None
+    for i in (0, 1, 5, 0):
+        for worker in (plain, compiled):
+            assert worker.answer(job(CANDIDATES[i], i, sums=(0,))).error is None
+        assert same(held(plain), held(compiled)), i
+
+    assert len(compiled._lines._compiled) >= 2
+    assert compiled._lines.problem is None
+
+
+def test_without_a_compiler_a_worker_merges_plainly(setup, monkeypatch):
+    """Where nothing can be compiled a worker of great sources works all the same."""
+    from evomerge import worker as module
+    from evomerge.operators import fused
+
+    monkeypatch.setattr(module, "FUSED", 0)
+    monkeypatch.setattr(fused, "unavailable", lambda: "no working C++ compiler (none)")
+    worker = setup.make()
+
+    assert worker._lines is None
+    assert worker.answer(job(CANDIDATES[1], sums=(0,))).error is None

@@ -67,7 +67,7 @@ def quality(recipe: Recipe, task: str) -> float:
     Source a helps at the left and hurts at the right, source b the other way round, and more
     than a weight of one in all hurts both: so there is a front of trade-offs within the space.
     """
-    weights = [layer.attention.weights for layer in recipe.layers]
+    weights = [recipe.route("q.weight", "attention", k).blend.weights for k in range(len(recipe.layers))]
     a = float(np.mean([w.get("a", 0.0) for w in weights]))
     b = float(np.mean([w.get("b", 0.0) for w in weights]))
     gain = 3 * a - b if task == "left" else 3 * b - a

@@ -3,7 +3,7 @@
 import inspect
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,11 @@ class Engine:
         self._stops: dict[tuple[str, ...], Stops] = {}
         self._texts: dict[tuple[int, ...], str] = {}
 
-    def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy a candidate's tensors into the live model.
+    def load(self, stream: Iterable[tuple[str, Tensor | Callable[[Tensor], None]]]) -> None:
+        """Put a candidate's tensors into the live model.
 
-        Every parameter must come; buffers may. Where head and embedding are tied, either name will do.
+        Every parameter must come, as a tensor that is copied or as a function that writes it; buffers may. Where
+        head and embedding are tied, either name will do.
 
         Raises:
             ModelError: for a tensor that the model does not have or has in another shape, and for a
@@ -87,13 +88,16 @@ class Engine:
                 target = self._target(name)
                 if target is None:
                     continue
+                came.add(id(target))
+                if not isinstance(tensor, Tensor):
+                    tensor(target)
+                    continue
                 if target.shape != tensor.shape:
                     raise ModelError(
                         f"tensor {name!r} has shape {list(tensor.shape)}, the live model's has {list(target.shape)}; "
                         "the base's config.json must fit the sources"
                     )
                 target.copy_(tensor)
-                came.add(id(target))
         left = [name for name, parameter in self.model.named_parameters() if id(parameter) not in came]
         if left:
             raise ModelError(

@@ -38,12 +38,20 @@ class SpaceEntry(_Strict):
     """A parameter space; see evomerge.spaces.blend.BlendSpace."""
 
     kind: Literal["blend"] = "blend"
-    methods: list[str] = Field(min_length=1, description="One method, or several to choose from.")
+    methods: list[str] = Field(default=[], description="Methods or lines of stages: one, or several to choose from.")
+    slots: dict[str, list[str]] = Field(
+        default={}, description="In place of methods: the parts of a line, in order, and what may stand in each."
+    )
     knots: int = Field(default=1, ge=1, description="Values over depth.")
     profile: Literal["constant", "linear"] = "constant"
     modules: list[list[Literal["attention", "mlp", "other"]]] = [["attention", "mlp", "other"]]
     weight: RangeEntry = RangeEntry(low=0.0, high=1.0)
-    parameters: dict[str, ParameterEntry] = {}
+    parameters: dict[str, ParameterEntry | float | str | list[str]] = Field(
+        default={}, description="Bounds of a parameter's genes, a list of options, or one value."
+    )
+    routes: list[dict[str, Any]] = Field(
+        default=[], description="Routes of a recipe that go before the search: their tensors are not searched."
+    )
 
 
 class ObjectiveEntry(_Strict):
@@ -97,6 +105,7 @@ class WorkersEntry(_Strict):
     threads: int = Field(default=1, ge=1, description="Threads of torch in each worker.")
     gpus: float = Field(default=0.0, ge=0, description="GPUs per worker; a fraction shares one.")
     device: str = "cpu"
+    resident_gb: float | None = Field(default=None, ge=0, description="GB of sources to keep on a GPU; default: all.")
     batch: int = Field(default=128, ge=1, description="Items per forward pass.")
     time_limit: float = Field(default=600.0, gt=0, description="Seconds after which a candidate has failed.")
 
@@ -122,6 +131,9 @@ class ExperimentFile(_Strict):
     baselines: BaselinesEntry = BaselinesEntry()
     finalists: int = Field(default=16, ge=1, description="Candidates re-scored on all validation items.")
     workers: WorkersEntry = WorkersEntry()
+    calibration: str | None = Field(
+        default=None, description="A file of texts, for methods that take statistics: one a line, or JSONL with `text`."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="Dtype of the models built and shipped.")
     export: ExportEntry = ExportEntry()
     trust_remote_code: bool = False

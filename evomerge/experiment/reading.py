@@ -72,7 +72,9 @@ def read_yaml(path: Path) -> dict[str, Plain]:
 def one_line(problem: ValidationError, path: Path, model: type[BaseModel]) -> str:
     """Return the first problem as one line: file, key path, what, and the nearest valid name."""
     problems = problem.errors(include_url=False)
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    # Of what may be one thing or another the deepest problem is that of the thing that was meant.
+    here = [p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]]
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), max(here, key=lambda p: len(p["loc"])))
     keys = [key for key in first["loc"] if key not in _UNION_BRANCHES]
     where = ".".join(str(key) for key in keys)
     if first["type"] == "extra_forbidden":
@@ -90,7 +92,7 @@ def one_line(problem: ValidationError, path: Path, model: type[BaseModel]) -> st
 
 
 #: Names that pydantic adds to a location for the branch of a union it tried.
-_UNION_BRANCHES = frozenset({"str", "SpaceEntry", "dict[str,any]", "float", "int"})
+_UNION_BRANCHES = frozenset({"str", "SpaceEntry", "ParameterEntry", "dict[str,any]", "list[str]", "float", "int"})
 
 
 def _keys_at(model: type[BaseModel], keys: list[int | str]) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,25 @@ from evomerge.drivers import DRIVERS, Settings
 from evomerge.errors import ExperimentError, InvalidInput, nearest
 from evomerge.evaluation.jsonl import TaskFile, build_task, read_task
 from evomerge.evaluation.task import SPLITS, Task
-from evomerge.experiment.entries import ExperimentFile, ModelsEntry, ObjectiveEntry, SpaceEntry, SplitsEntry
+from evomerge.experiment.entries import (
+    ExperimentFile,
+    ModelsEntry,
+    ObjectiveEntry,
+    ParameterEntry,
+    SpaceEntry,
+    SplitsEntry,
+)
 from evomerge.experiment.reading import one_line, read_file, read_yaml
+from evomerge.methods import Method, Parameter, check, method
 from evomerge.models.checkpoint import Checkpoint, check_compatible
 from evomerge.models.locate import locate
 from evomerge.objective import Objective
-from evomerge.operators.methods import METHODS, method
-from evomerge.recipe import Source
-from evomerge.spaces.blend import BlendSpace, ParameterRange, Range
+from evomerge.recipe import Route, Source
+from evomerge.spaces.blend import METHOD_AXIS, NONE, BlendSpace, ParameterRange, Range, Slot
 from evomerge.value import digest, parse, plain, value
+
+#: The most lines that the slots of a space may make: each is checked before the search.
+_MOST_LINES = 4096
 
 
 @value
@@ -50,7 +61,7 @@ class Experiment:
     def identity(self) -> str:
         """The content address of all that decides the course of the run; the pool and paths do not count."""
         space = plain(self.space)
-        for source in [*space["sources"], *([space["base"]] if space["base"] else [])]:
+        for source in [*space["sources"], *(space[key] for key in ("base", "calibration") if space[key])]:
             del source["path"]
         asked = self.file.model_dump(include={"seed", "budget", "estimator", "baselines", "finalists", "dtype"})
         # The last bits of answers may depend on these; how many workers there are, and where, changes nothing.
@@ -91,10 +102,10 @@ def resolve(file: ExperimentFile, path: Path) -> Experiment:
     }
     entry = _find_space(file, path)
     depth = next(iter(checkpoints.values())).depth
-    space = _space(entry, file, named, depth, f"{path}: space")
+    space = _space(entry, file, named, depth, _calibration(file, path), f"{path}: space")
     objectives, tasks, places = _find_objectives(file, path)
     return Experiment(
-        file=_absolute(file, folders, entry, places),
+        file=_absolute(file, path, folders, entry, places),
         folders=folders,
         baselines=tuple(named.values()),
         space=space,
@@ -152,53 +163,136 @@ def _find_space(file: ExperimentFile, path: Path) -> SpaceEntry:
 
 
 def _space(
-    entry: SpaceEntry, file: ExperimentFile, named: Mapping[str, Source], depth: int, place: str
+    entry: SpaceEntry,
+    file: ExperimentFile,
+    named: Mapping[str, Source],
+    depth: int,
+    calibration: Source | None,
+    place: str,
 ) -> BlendSpace:
     base = named.get("base")
-    for i, name in enumerate(entry.methods):
-        try:
-            found = method(name)
-        except InvalidInput as problem:
-            raise ExperimentError(f"{place}.methods[{i}]: {problem}") from None
-        if found.needs_base and base is None:
-            raise ExperimentError(f"{place}.methods[{i}]: {name!r} takes task vectors; give models.base")
-    parameters = {name: _parameter_range(name, entry, f"{place}.parameters") for name in entry.parameters}
+    if bool(entry.methods) == bool(entry.slots):
+        raise ExperimentError(f"{place}: give either methods or slots")
+    slots = entry.slots or {METHOD_AXIS: entry.methods}
+    lines = _lines(slots, base is not None, f"{place}.slots" if entry.slots else f"{place}.methods")
+    wanting = next((line for line in lines.values() if line.statistics), None)
+    if wanting is not None and calibration is None:
+        kinds = ", ".join(wanting.statistics)
+        way = "give `calibration`, a file of texts"
+        raise ExperimentError(f"{place}: {wanting.name} takes statistics ({kinds}); {way}")
+    parameters = {name: _parameter_range(name, entry, slots, lines, f"{place}.parameters") for name in entry.parameters}
     try:
         return BlendSpace(
             sources=tuple(source for name, source in named.items() if name != "base"),
             base=base,
             depth=depth,
             methods=tuple(entry.methods),
+            slots=tuple(Slot(name=name, options=tuple(options)) for name, options in entry.slots.items()),
             knots=entry.knots,
             profile=entry.profile,
             modules=tuple(tuple(modules) for modules in entry.modules),
             weight=Range(**entry.weight.model_dump()),
             parameters=parameters,
+            routes=tuple(_route(route, named, f"{place}.routes[{i}]") for i, route in enumerate(entry.routes)),
             dtype=file.dtype,
             seed=file.seed,
+            calibration=calibration,
         )
     except InvalidInput as problem:
         raise ExperimentError(f"{place}: {problem}") from None
 
 
-def _parameter_range(name: str, entry: SpaceEntry, place: str) -> ParameterRange:
-    bounds = entry.parameters[name]
-    methods = tuple(m for m in entry.methods if name in METHODS[m].parameters)
-    if not methods:
-        known = {parameter for m in entry.methods for parameter in METHODS[m].parameters}
+def _calibration(file: ExperimentFile, path: Path) -> Source | None:
+    if file.calibration is None:
+        return None
+    from evomerge.models.statistics import digest_of
+
+    texts = path.parent / file.calibration
+    try:
+        return Source(name="calibration", path=str(texts.resolve()), fingerprint=digest_of(texts))
+    except InvalidInput as problem:
+        raise ExperimentError(f"{path}: calibration: {problem}") from None
+
+
+def _route(given: Mapping[str, Any], named: Mapping[str, Source], place: str) -> Route:
+    route = parse(Route, given, place, ExperimentError)
+    sources = [name for name in named if name != "base"]
+    for name in route.blend.weights:
+        if name not in sources:
+            raise ExperimentError(f"{place}.blend.weights.{name}: no source is called so; {nearest(name, sources)}")
+    try:
+        check(route.blend.method, route.blend.weights, route.blend.parameters, f"{place}.blend", "base" in named)
+    except InvalidInput as problem:
+        raise ExperimentError(str(problem)) from None
+    return route
+
+
+def _lines(slots: Mapping[str, list[str]], has_base: bool, place: str) -> dict[tuple[str, ...], Method]:
+    """Return the method of every choice of options, so that each is known to be one before the search."""
+    count = math.prod(len(options) for options in slots.values())
+    if not 1 <= count <= _MOST_LINES:
+        raise ExperimentError(f"{place}: {count} lines can be made; every slot needs an option; at most {_MOST_LINES}")
+    found = {}
+    for i, options in enumerate(product(*slots.values())):
+        line = " | ".join(option for option in options if option != NONE)
+        where = f"{place}[{i}]" if list(slots) == [METHOD_AXIS] else place
+        try:
+            found[options] = method(line, where)
+        except InvalidInput as problem:
+            raise ExperimentError(str(problem)) from None
+        if found[options].needs_base and not has_base:
+            raise ExperimentError(f"{where}: {line!r} takes task vectors; give models.base")
+    return found
+
+
+def _parameter_range(
+    name: str, entry: SpaceEntry, slots: Mapping[str, list[str]], lines: Mapping[tuple[str, ...], Method], place: str
+) -> ParameterRange:
+    given = entry.parameters[name]
+    having = {options: found for options, line in lines.items() if (found := line.find(name)) is not None}
+    if not having:
+        known = {parameter for line in lines.values() for parameter in line.parameters}
         raise ExperimentError(f"{place}.{name}: no method of the space has it; {nearest(name, sorted(known))}")
-    for m in methods:
-        limit = METHODS[m].parameters[name]
-        low, high = (-math.inf if limit.low is None else limit.low), (math.inf if limit.high is None else limit.high)
-        if isinstance(limit.default, str):
-            raise ExperimentError(f"{place}.{name}: {m}'s {name} is not a number and has no range; leave it out")
-        if not low <= bounds.low <= bounds.high <= high:
-            raise ExperimentError(
-                f"{place}.{name}: must lie in [{low:g}, {high:g}] for {m}, got [{bounds.low:g}, {bounds.high:g}]"
-            )
-        if bounds.per_source and not limit.per_source:
-            raise ExperimentError(f"{place}.{name}.per_source: {m} has one {name} for all sources; leave it out")
-    return ParameterRange(**bounds.model_dump(), methods=methods)
+    for options, parameter in having.items():
+        _check_range(given, parameter, " | ".join(options), f"{place}.{name}")
+    slot, methods = _owner(slots, lines, set(having), f"{place}.{name}")
+    if isinstance(given, ParameterEntry):
+        whole = any(parameter.whole for parameter in having.values())
+        return ParameterRange(**given.model_dump(), whole=whole, slot=slot, methods=methods)
+    if isinstance(given, float):
+        return ParameterRange(low=given, high=given, slot=slot, methods=methods)
+    return ParameterRange(options=(given,) if isinstance(given, str) else tuple(given), slot=slot, methods=methods)
+
+
+def _check_range(given: ParameterEntry | float | str | list[str], limit: Parameter, line: str, place: str) -> None:
+    """Refuse values that a method would refuse."""
+    if not isinstance(given, ParameterEntry):
+        if given == []:
+            raise ExperimentError(f"{place}: the list is empty; give it a value, or leave it out")
+        for each in given if isinstance(given, list) else [given]:
+            limit.check(each, place)
+        return
+    low, high = (-math.inf if limit.low is None else limit.low), (math.inf if limit.high is None else limit.high)
+    if isinstance(limit.default, str):
+        raise ExperimentError(f"{place}: is a word in {line} and has no range; give one, or a list: {limit.options}")
+    if not low <= given.low <= given.high <= high:
+        limits = f"[{low:g}, {high:g}]"
+        raise ExperimentError(f"{place}: must lie in {limits} for {line}, got [{given.low:g}, {given.high:g}]")
+    if limit.whole and (given.low % 1 or given.high % 1):
+        raise ExperimentError(f"{place}: is a whole number in {line}, got [{given.low:g}, {given.high:g}]")
+    if given.per_source and not limit.per_source:
+        raise ExperimentError(f"{place}.per_source: {line} has one value for all sources; leave it out")
+
+
+def _owner(
+    slots: Mapping[str, list[str]], lines: Mapping[tuple[str, ...], Method], having: set[tuple[str, ...]], place: str
+) -> tuple[str, tuple[str, ...]]:
+    """Return the slot whose choice decides whether the lines have a parameter, and the options with which they do."""
+    for i, (slot, options) in enumerate(slots.items()):
+        with_it = tuple(option for option in options if any(line[i] == option for line in having))
+        if having == {line for line in lines if line[i] in with_it}:
+            return slot, with_it
+    raise ExperimentError(f"{place}: hangs on more than one slot; name it as stage.parameter")
 
 
 def _find_objectives(
@@ -274,7 +368,11 @@ def _driver(file: ExperimentFile, place: str) -> Settings:
 
 
 def _absolute(
-    file: ExperimentFile, folders: Mapping[str, Path], space: SpaceEntry, tasks: Mapping[int, str | dict[str, Any]]
+    file: ExperimentFile,
+    path: Path,
+    folders: Mapping[str, Path],
+    space: SpaceEntry,
+    tasks: Mapping[int, str | dict[str, Any]],
 ) -> ExperimentFile:
     """Return the file with references that mean the same from wherever it is read."""
     models = ModelsEntry(
@@ -285,4 +383,7 @@ def _absolute(
         entry.model_copy(update={"task": tasks[i]}) if i in tasks else entry
         for i, entry in enumerate(file.objectives)
     ]
-    return file.model_copy(update={"models": models, "space": space, "objectives": objectives})
+    calibration = None if file.calibration is None else str((path.parent / file.calibration).resolve())
+    return file.model_copy(
+        update={"models": models, "space": space, "objectives": objectives, "calibration": calibration}
+    )

@@ -42,11 +42,12 @@ _DTYPES = {
 
 @value
 class Entry:
-    """One tensor as a shard's header describes it; `dtype` in the words of safetensors."""
+    """One tensor as a shard's header describes it; `dtype` in the words of safetensors, `start` its first byte."""
 
     shard: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int
 
 
 class Checkpoint:
@@ -65,6 +66,7 @@ class Checkpoint:
         self.path = Path(path)
         self.architecture, self._config = read_config(self.path)
         self._entries = _entries(self.path)
+        self._maps: dict[Path, Tensor] = {}
         self._check_layers()
         self._settle_head()
 
@@ -112,6 +114,28 @@ class Checkpoint:
                 return shard.get_tensor(name)  # type: ignore[no-any-return]  # safetensors is not annotated
         except (SafetensorError, OSError) as problem:
             raise ModelError(f"{entry.shard}: cannot read {name!r} ({_line(problem)}); copy the file again") from None
+
+    def mapped(self, name: str) -> Tensor:
+        """Return a tensor as a view of its shard in memory; it must not be written to.
+
+        Nothing is read before it is used, and all processes of the machine that map the file share its pages.
+
+        Raises:
+            ModelError: if there is none of this name, or its shard cannot be opened any more.
+        """
+        entry = self._entry(name)
+        kind = _DTYPES[entry.dtype]
+        if entry.start % kind.itemsize:
+            return self.tensor(name)
+        if entry.shard not in self._maps:
+            try:
+                size = entry.shard.stat().st_size
+                whole = torch.from_file(str(entry.shard), shared=False, size=size, dtype=torch.uint8)
+            except (OSError, RuntimeError) as problem:
+                raise ModelError(f"{entry.shard}: cannot be opened ({_line(problem)}); copy the file again") from None
+            self._maps[entry.shard] = whole
+        count = torch.Size(entry.shape).numel() * kind.itemsize
+        return self._maps[entry.shard][entry.start : entry.start + count].view(kind).view(entry.shape)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -273,7 +297,13 @@ def _header(file: Path) -> dict[str, Entry]:
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         found = {
-            name: Entry(shard=file, shape=tuple(entry["shape"]), dtype=entry["dtype"]) for name, entry in header.items()
+            name: Entry(
+                shard=file,
+                shape=tuple(entry["shape"]),
+                dtype=entry["dtype"],
+                start=8 + length + int(entry["data_offsets"][0]),
+            )
+            for name, entry in header.items()
         }
     except (ValueError, AttributeError, KeyError, TypeError, IndexError):
         raise ModelError(f"{file}: not a safetensors file, or cut off in its header; copy it again") from None

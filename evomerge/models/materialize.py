@@ -1,61 +1,92 @@
 """From a recipe and its sources to a stream of tensors: the only place that merges."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateError, RecipeError
-from evomerge.models.architecture import place, renamed
+from evomerge.methods import canonical, check, draws
+from evomerge.models.architecture import Place, place, renamed
 from evomerge.models.resident import Sources
-from evomerge.operators.merging import merge_tensor, needs_base
-from evomerge.operators.methods import check_blend
-from evomerge.recipe import Blend, Recipe
-from evomerge.value import value
+from evomerge.operators.fused import Lines
+from evomerge.operators.parts import DRAWS, Merge, Part, Statistic, no_statistics
+from evomerge.operators.tables import Magnitudes
+from evomerge.recipe import Blend, Recipe, Source
+from evomerge.value import digest, value
 
 
 @value
 class Step:
-    """One tensor to build: its name, the tensor of the sources that it comes from, and how to blend it."""
+    """One tensor to build: its name, the layer it stands in, the tensors that it comes from, and how to blend them.
+
+    `origins` gives the tensor of each source whose name differs from `origin`.
+    """
 
     name: str
     origin: str
     blend: Blend
+    layer: int | None = None
+    origins: Mapping[str, str]
+
+    def of(self, source: str) -> str:
+        """Return the name of the tensor that a source (or the base) gives."""
+        return self.origins.get(source, self.origin)
 
 
 def plan(recipe: Recipe, names: Sequence[str], depth: int) -> list[Step]:
     """Return what to build, in order: embedding, layer by layer, head.
 
     Args:
-        recipe: what to build; its layer k takes the tensors of layer `recipe.layers[k].depth`.
+        recipe: what to build; its layer k takes the tensors of layer `recipe.layers[k]`.
         names: the tensors that every source has.
         depth: the number of layers of every source.
 
     Raises:
-        RecipeError: if a blend is wrong or a layer takes from a layer that no source has.
+        RecipeError: if a blend is wrong, takes statistics without texts for them, a tensor fits no route, or a layer
+            takes from one that no source has.
         ModelError: if a tensor's name has no place in the architecture.
     """
     places = {name: place(name, depth) for name in sorted(names)}
-    for k, layer in enumerate(recipe.layers):
-        if not 0 <= layer.depth < depth:
-            raise RecipeError(f"recipe layer {k} takes from layer {layer.depth}, but the sources have {depth} layers")
-    for blend in recipe.blends():
-        check_blend(blend, "recipe", recipe.base is not None)
-    ends = {"embedding": recipe.embedding, "head": recipe.head}
+    for i, blend in enumerate(recipe.blends()):
+        check(blend.method, blend.weights, blend.parameters, f"recipe.routes[{i}].blend", recipe.base is not None)
+    layers = recipe.layers or tuple(range(depth))
+    middle = [step for k, given in enumerate(layers) for step in _layer(recipe, places, k, given, depth)]
     first, last = (
-        [Step(name=name, origin=name, blend=ends[end]) for name, at in places.items() if at.end == end]
+        [
+            Step(name=name, origin=name, origins={}, blend=recipe.route(name, end, None).blend)
+            for name, at in places.items()
+            if at.end == end
+        ]
         for end in ("embedding", "head")
     )
-    middle = [
-        Step(name=renamed(name, k), origin=name, blend=layer.group(at.group))
-        for k, layer in enumerate(recipe.layers)
-        for name, at in places.items()
-        if at.layer == layer.depth
-    ]
     return [*first, *middle, *last]
 
 
-def materialize(recipe: Recipe, sources: Sources, device: str = "cpu") -> Iterator[tuple[str, Tensor]]:
+def _layer(
+    recipe: Recipe, places: Mapping[str, Place], k: int, given: int | Mapping[str, int], depth: int
+) -> Iterator[Step]:
+    """Yield the steps of one layer of the model to build."""
+    of = given if isinstance(given, Mapping) else {}
+    first = given if isinstance(given, int) else next(iter(of.values()), 0)
+    for source, taken in {"": first, **of}.items():
+        if not 0 <= taken < depth:
+            owner = f" of {source}" if source else ""
+            raise RecipeError(f"recipe layer {k} takes from layer {taken}{owner}, but the sources have {depth} layers")
+    for name, at in places.items():
+        if at.layer == first:
+            built = renamed(name, k)
+            origins = {source: renamed(name, taken) for source, taken in of.items() if taken != first}
+            blend = recipe.route(built, at.group, k).blend
+            yield Step(name=built, origin=name, origins=origins, blend=blend, layer=k)
+
+
+def materialize(
+    recipe: Recipe, sources: Sources, device: str = "cpu", statistic: Statistic = no_statistics
+) -> Iterator[tuple[str, Tensor]]:
     """Build the model of a recipe as a stream of (name, tensor) in the recipe's dtype.
 
     The same stream fills a live model and the shards of an export, so that what is shipped is
@@ -64,36 +95,204 @@ def materialize(recipe: Recipe, sources: Sources, device: str = "cpu") -> Iterat
 
     Args:
         recipe: what to build.
-        sources: where the tensors of the recipe's sources and base come from, by their names.
+        sources: where the tensors of all models come from that the recipe names, those of inner recipes too.
         device: where to merge; the tensors come out there.
+        statistic: returns the statistics that methods take, by kind, name of the model, and its tensor.
 
     Raises:
         RecipeError, ModelError: at the call, if recipe and sources do not fit.
         CandidateError: while streaming, naming the tensor whose values are not finite.
     """
-    if not recipe.sources and recipe.base is None:
-        raise RecipeError("recipe has neither sources nor a base; name at least one source")
-    steps = plan(recipe, sources.names, sources.depth)
-    return (_built(step, recipe, sources, device) for step in steps)
+    return Blueprint(recipe, sources, device, statistic).stream()
 
 
-def _built(step: Step, recipe: Recipe, sources: Sources, device: str) -> tuple[str, Tensor]:
-    """Build one tensor."""
+def statistics_for(
+    recipe: Recipe,
+    folders: Mapping[str, Path],
+    cache: Path | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Statistic:
+    """Return a lookup of the statistics that a recipe's methods take, computed from its calibration texts when needed.
 
-    def read(source: str) -> Tensor:
-        return sources.tensor(source, step.origin).to(device)
+    Args:
+        recipe: what to build.
+        folders: the folder of every model, by name.
+        cache: where statistics are kept; default: a folder of the user's cache, shared by all runs.
+        device: where they are computed.
+        trust_remote_code: whether code in the models' folders may run.
+        say: takes one line per computation.
+    """
+    if recipe.calibration is None:
+        return no_statistics
+    from evomerge.models.statistics import Statistics  # transformers behind it is slow to start
 
-    first = read((recipe.sources[0] if recipe.sources else recipe.base).name)  # type: ignore[union-attr]  # one exists
-    if not first.is_floating_point():
-        return step.name, first.clone()
-    base = read(recipe.base.name) if recipe.base is not None and needs_base(step.blend) else None
-    tensors = {source: read(source) for source, weight in step.blend.weights.items() if weight != 0}
-    # Masks are keyed by the name that is built: a layer that stands twice is thinned in two ways.
-    merged = merge_tensor(step.blend, base, tensors, tensor=step.name, seed=recipe.seed)
-    merged = merged.to(getattr(torch, recipe.dtype))
-    if not bool(torch.isfinite(merged).all()):
-        wrong = int((~torch.isfinite(merged)).sum())
-        raise CandidateError(
-            f"tensor {step.name!r}: {wrong} of {merged.numel()} values are not finite in {recipe.dtype}"
+    found = Statistics(
+        folders,
+        Path(recipe.calibration.path),
+        cache or cache_folder("statistics"),
+        device=device,
+        say=say,
+        trust_remote_code=trust_remote_code,
+    )
+    return lambda kind, source, tensor: found.tensor(str(source), kind, tensor)
+
+
+def cache_folder(kind: str) -> Path:
+    """Return where the user's cache keeps what is computed from models once: content-addressed, safe to remove."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evomerge" / kind
+
+
+class Blueprint:
+    """A recipe with its sources at hand: what to build, and each of its tensors on demand.
+
+    A source that is itself a recipe is built tensor by tensor as it is read, in the dtype that it declares.
+
+    Args and Raises: see `materialize`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: Sources,
+        device: str = "cpu",
+        statistic: Statistic = no_statistics,
+        lines: Lines | None = None,
+    ) -> None:
+        """Plan the model and answer the questions of its methods about the whole of it."""
+        named = {source.name: source for source in _named(recipe)}
+        if not named:
+            raise RecipeError("recipe has neither sources nor a base; name at least one source")
+        self.recipe = recipe
+        self._sources, self._device, self._statistic = sources, device, statistic
+        self._first = next(iter(named))
+        self._base = None if recipe.base is None else recipe.base.name
+        self._inner = {
+            name: Blueprint(source.recipe, sources, device, statistic)
+            for name, source in named.items()
+            if source.recipe is not None
+        }
+        self._steps = {step.name: step for step in plan(recipe, sources.names, sources.depth)}
+        for name, inner in self._inner.items():
+            if set(inner._steps) != set(sources.names):
+                raise RecipeError(f"source {name!r}: its recipe has another number of layers than the other sources")
+        kinds = {name: sources.dtype(self._leaf(), step.of(self._first)) for name, step in self._steps.items()}
+        floating = [step for step in self._steps.values() if kinds[step.name].is_floating_point]
+        self._merge = Merge(
+            [Part(tensor=s.name, blend=s.blend, layer=s.layer, entries=self._entries(s)) for s in floating],
+            self._read,
+            [source.name for source in recipe.sources],
+            has_base=self._base is not None,
+            depth=len(recipe.layers) or sources.depth,
+            seed=recipe.seed,
+            statistic=self._known_statistic,
+            known=self if sources.kept is not None else None,
+            lines=lines,
         )
-    return step.name, merged
+        self._part_of = {name: part for part in self._merge.parts for name in part.tensors}
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor in order: embedding, layers, head."""
+        done: set[str] = set()
+        for name in self._steps:
+            if name in done:
+                continue
+            for built, tensor in self._build(name):
+                done.add(built)
+                yield built, tensor
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor."""
+        return next(tensor for built, tensor in self._build(name) if built == name)
+
+    def _build(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield a tensor, and the one that is merged together with it, if any."""
+        if name not in self._part_of:
+            yield name, self._of(self._first, self._steps[name].of(self._first)).to(self._device, copy=True)
+            return
+        dtype = self.recipe.dtype
+        for built, tensor in self._merge.build(self._part_of[name]):
+            merged = tensor.to(getattr(torch, dtype))
+            if not bool(torch.isfinite(merged).all()):
+                wrong = int((~torch.isfinite(merged)).sum())
+                raise CandidateError(f"tensor {built!r}: {wrong} of {merged.numel()} values are not finite in {dtype}")
+            yield built, merged
+
+    def _read(self, part: Part, source: str | None) -> Tensor:
+        name = str(self._base) if source is None else source
+        return self._of(name, self._steps[part.tensor].of(name)).to(self._device)
+
+    def _of(self, source: str, tensor: str) -> Tensor:
+        return self._inner[source].tensor(tensor) if source in self._inner else self._sources.tensor(source, tensor)
+
+    def magnitudes(self, parts: Sequence[Part], source: str) -> Magnitudes | None:
+        """Return what is kept of the magnitudes of a source's task vector in some parts together."""
+        if self._sources.kept is None or {source, self._base} & self._inner.keys():
+            return None
+        base = str(self._base)
+        steps = [self._steps[part.tensor] for part in parts]
+        return self._sources.kept.magnitudes(tuple(((source, s.of(source)), (base, s.of(base))) for s in steps))
+
+    def gram(self, part: Part, names: tuple[str, ...], task_vectors: bool) -> Tensor | None:
+        """Return what is kept of the inner products of the sources in a part."""
+        if self._sources.kept is None or {*names, *([self._base] if task_vectors else [])} & self._inner.keys():
+            return None
+        step, base = self._steps[part.tensor], str(self._base)
+        origin = (base, step.of(base)) if task_vectors else None
+        return self._sources.kept.gram(tuple((name, step.of(name)) for name in names), origin)
+
+    def keys(self) -> dict[str, str]:
+        """Return for each tensor what decides its bits: where two recipes have the same, the tensors are equal."""
+        blends: dict[int, object] = {}
+        for step in self._steps.values():
+            if id(step.blend) not in blends:
+                given = (step.blend.method, step.blend.weights, step.blend.parameters)
+                blends[id(step.blend)] = [canonical(*given), self.recipe.seed if draws(*given) else None]
+        inner = {name: blueprint.recipe.digest for name, blueprint in self._inner.items()}
+        names = [source.name for source in self.recipe.sources]  # some methods care about their order
+        shared = digest([inner, names, self._base, self.recipe.dtype, self.recipe.calibration])
+        found = {id_: f"{digest(form)} {shared}" for id_, form in blends.items()}
+        return {name: f"{found[id(step.blend)]} {self._key(step)}" for name, step in self._steps.items()}
+
+    def fill(self, before: Mapping[str, str] | None = None) -> Iterator[tuple[str, Callable[[Tensor], None]]]:
+        """Yield every tensor's name and what writes it into a tensor of its shape, of any floating dtype.
+
+        Args:
+            before: `keys` of the recipe that the tensors to be written hold: what they hold already is not written.
+        """
+        for name, key in self.keys().items():
+            yield name, partial(self._write, name) if before is None or before.get(name) != key else _leave
+
+    def _write(self, name: str, out: Tensor) -> None:
+        part = self._part_of.get(name)
+        if part is None or out.dtype != getattr(torch, self.recipe.dtype) or not self._merge.write(part, out):
+            out.copy_(self.tensor(name))
+
+    def _key(self, step: Step) -> str:
+        """Return what decides a tensor besides its blend: where it comes from, and the whole where it asks about it."""
+        part = self._part_of.get(step.name)
+        whole = self.recipe.digest if part is not None and self._merge.is_wide(part) else ""
+        return f"{step.origin} {dict(step.origins)} {step.layer} {len(self.recipe.layers)} {whole}"
+
+    def _known_statistic(self, kind: str, source: str | None, tensor: str) -> Tensor | None:
+        if kind in DRAWS:
+            return None
+        name = str(self._base) if source is None else source
+        found = self._statistic(kind, name, self._steps[tensor].of(name))
+        return None if found is None else found.to(self._device)
+
+    def _leaf(self) -> str:
+        """Return a model that lies in a folder, whose tensors have the shapes and kinds of all."""
+        return self._inner[self._first]._leaf() if self._first in self._inner else self._first
+
+    def _entries(self, step: Step) -> int:
+        return torch.Size(self._sources.shape(self._leaf(), step.of(self._first))).numel()
+
+
+def _leave(out: Tensor) -> None:
+    """Write nothing."""
+
+
+def _named(recipe: Recipe) -> list[Source]:
+    return [*recipe.sources, *([recipe.base] if recipe.base is not None else [])]

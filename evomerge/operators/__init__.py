@@ -1,17 +1,17 @@
 """Operators: merge the tensors of several sources, by methods that are lines of small pure stages.
 
-`methods` (names, parameters, bounds) imports no torch; `merge` and `merge_tensor` load it
-when they are first asked for.
+`METHODS` and `STAGES` are plain data; `merge` and `merge_tensor` load torch when they are first asked for.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from evomerge.operators.methods import METHODS, Method, Parameter, Stage, check_blend, method
+from evomerge.methods import Method, Parameter, Stage, method
+from evomerge.stages import METHODS, STAGES
 
 if TYPE_CHECKING:
     from evomerge.operators.merging import merge, merge_tensor
 
-__all__ = ["METHODS", "Method", "Parameter", "Stage", "check_blend", "merge", "merge_tensor", "method"]
+__all__ = ["METHODS", "STAGES", "Method", "Parameter", "Stage", "merge", "merge_tensor", "method"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,67 +1,81 @@
-"""Random masks that are a function of what they mask, and of nothing else.
+"""Random numbers that are a function of what they mask, and of nothing else.
 
-Entry i of the mask of (seed, source, tensor) is decided by word i of a counter-based
-generator keyed by SHA-256 of those three. So neither tensor order, shard, chunk, worker nor
-device changes a bit, and no global generator is read.
+Entry i of (seed, source, tensor) gets number i of a counter-based generator keyed by SHA-256 of those three. So
+neither tensor order, shard, chunk, worker nor device changes a bit, and no global generator is read.
+Only 32-bit integer operations are used, which every device has in vectors.
 """
 
 import hashlib
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-#: Entries drawn at a time: 8 bytes each, several temporaries, so a few MiB in all.
-CHUNK = 1 << 16
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_FIRST = 0xBF58476D1CE4E5B9
-_SECOND = 0x94D049BB133111EB
+#: Numbers after which the upper word of the counter changes.
+_TURN = 1 << 32
 
 
-def key(seed: int, source: str, tensor: str) -> int:
-    """Return the 64-bit key of one tensor of one source."""
-    text = f"{seed}\x00{source}\x00{tensor}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+def keys(seed: int, sources: Sequence[str], tensor: str) -> Tensor:
+    """Return the key of one tensor of each source, shape (N, 2), int32: a word of the tensor, and one of both."""
+    ours = _word(f"{seed}\x00{tensor}")
+    words = [[ours, _word(f"{seed}\x00{source}\x00{tensor}")] for source in sources]
+    return torch.tensor(words, dtype=torch.int32).view(-1, 2)
 
 
-def words(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return words start .. start + count - 1 of the SplitMix64 sequence of a key, shape (count,), int64.
+def uniform(keys: Tensor, start: Tensor | int, count: int) -> Tensor:
+    """Return numbers start .. start + count - 1 of each key's sequence, uniform in [0, 1), shape (N, count), float32.
 
-    Word i is the finaliser of key + (i + 1) * golden modulo 2^64, so any stretch can be drawn
-    by itself. int64 products wrap around, which is the arithmetic modulo 2^64 that is needed.
-
-    Source: Steele 2014, "Fast splittable pseudorandom number generators", section 3.
+    They have 24 bits: the high ones of `words`.
     """
-    z = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=device)
-    z = z.mul_(_signed(_GOLDEN)).add_(_signed(key))
-    z = z.bitwise_xor_(_shifted(z, 30)).mul_(_signed(_FIRST))
-    z = z.bitwise_xor_(_shifted(z, 27)).mul_(_signed(_SECOND))
-    return z.bitwise_xor_(_shifted(z, 31))
+    return ((words(keys, start, count) >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
-def bernoulli(key: int, shape: tuple[int, ...], keep: float, device: torch.device | str = "cpu") -> Tensor:
-    """Return a mask whose entries are True with probability `keep`, independently.
+def limit(p: float) -> int:
+    """Return the greatest word (of `words`, with its sign bit turned) whose number of `uniform` is less than p > 0."""
+    return math.ceil(min(p, 1.0) * 2**24) * 2**8 - 1 - 2**31
+
+
+def words(keys: Tensor, start: Tensor | int, count: int) -> Tensor:
+    """Return words start .. start + count - 1 of each key's sequence, shape (N, count), int32.
+
+    v_i = m(m(x ^ x >> 16) ^ k_1 ^ high(i)) with x = low(i) + k_0, low and high the words of the counter, and
+    m(x) = (a ^ a >> 15) * 0x846CA68B, a = x * 0x7FEB352D. Up to a change of k_1 and to its low 16 bits that is the
+    finaliser "lowbias32" (Wellons 2018, Prospecting for hash functions) applied twice: its last shift and the first
+    of the next cancel. What is inside is the same for all sources, whose first words are equal.
 
     Args:
-        key: from `key`.
-        shape: the shape of the tensor; entries are counted in memory order.
-        keep: in [0, 1]; exact to 2^-53, and 0 and 1 are certain.
-        device: where to draw; the mask is the same everywhere.
+        keys: from `keys`, shape (N, 2).
+        start: index of the first entry in its tensor, as flat memory; as a tensor (of no dimension, int64) it promises
+            that the high word is the same for all that are asked for.
+        count: how many.
     """
-    mask = torch.empty(torch.Size(shape).numel(), dtype=torch.bool, device=device)
-    limit = int(keep * 2**53)
-    for start in range(0, mask.numel(), CHUNK):
-        count = min(CHUNK, mask.numel() - start)
-        mask[start : start + count] = _shifted(words(key, start, count, device), 11) < limit
-    return mask.view(shape)
+    if isinstance(start, Tensor):
+        return _drawn(keys, start, count)
+    found, end = [keys.new_zeros(len(keys), 0)], start + count
+    while start < end:
+        stop = min(end, (start // _TURN + 1) * _TURN)
+        found.append(_drawn(keys, torch.tensor(start, device=keys.device), stop - start))
+        start = stop
+    return found[-1] if len(found) == 2 else torch.cat(found, dim=1)
 
 
-def _signed(word: int) -> int:
-    """Return the int64 with the bits of an unsigned 64-bit word."""
-    word &= (1 << 64) - 1
-    return word - (1 << 64) if word >= 1 << 63 else word
+def _drawn(keys: Tensor, start: Tensor, count: int) -> Tensor:
+    low = torch.arange(count, dtype=torch.int32, device=keys.device) + start.to(torch.int32)
+    high = (start >> 32).to(torch.int32)
+    x = low + keys[:1, :1]
+    return _mixed(_mixed(x ^ _right(x, 16)) ^ (keys[:, 1:] ^ high))
 
 
-def _shifted(z: Tensor, by: int) -> Tensor:
-    """Return z >> by with zeros shifted in (torch shifts int64 with its sign)."""
-    return (z >> by).bitwise_and_((1 << (64 - by)) - 1)
+def _mixed(x: Tensor) -> Tensor:
+    a = x * 0x7FEB352D
+    return (a ^ _right(a, 15)) * (0x846CA68B - (1 << 32))
+
+
+def _right(x: Tensor, by: int) -> Tensor:
+    """Return x >> by with zeros shifted in (torch shifts int32 with its sign)."""
+    return (x >> by) & ((1 << (32 - by)) - 1)
+
+
+def _word(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little", signed=True)

@@ -20,7 +20,7 @@ from evomerge.models.architecture import place
 from evomerge.models.checkpoint import Checkpoint
 from evomerge.objective import Losses
 from evomerge.pool import InlinePool, Pool, RayPool
-from evomerge.recipe import Recipe
+from evomerge.recipe import Recipe, depths_of
 from evomerge.spaces.proposals import Proposal, baselines, warmup
 from evomerge.worker import WorkerSetup
 
@@ -50,7 +50,7 @@ def versions(experiment: Experiment) -> dict[str, str]:
 def properties(experiment: Experiment, recipe: Recipe) -> dict[str, float]:
     """Return the properties of a model that can be objectives: number of parameters, and of layers."""
     checkpoint = Checkpoint(experiment.folders[recipe.sources[0].name])
-    depths = [layer.depth for layer in recipe.layers]
+    depths = depths_of(recipe, recipe.sources[0].name)
     layers = [place(name, checkpoint.depth).layer for name in checkpoint.names]
     sizes = [math.prod(checkpoint.shape(name)) for name in checkpoint.names]
     times = [1 if layer is None else depths.count(layer) for layer in layers]
@@ -123,6 +123,7 @@ def open_pool(experiment: Experiment) -> Pool:
         device=settings.device,
         threads=settings.threads,
         batch=settings.batch,
+        budget=None if settings.resident_gb is None else int(settings.resident_gb * 1e9),
         trust_remote_code=experiment.file.trust_remote_code,
     )
     if settings.pool == "inline":

@@ -30,7 +30,7 @@ from evomerge.ledger import (
 from evomerge.objective import Losses, Score, losses
 from evomerge.pareto import front, spread
 from evomerge.pool import Answer, Job, Pool
-from evomerge.recipe import Recipe
+from evomerge.recipe import Recipe, depths_of
 from evomerge.search.beginning import baselines_of, check_started, now, properties, reference, started, warmup_of
 from evomerge.spaces.proposals import Proposal, recipe_of
 from evomerge.value import plain
@@ -229,7 +229,8 @@ class Search:
     def _properties_of(self, number: int) -> dict[str, float]:
         if all(objective.kind == "task" for objective in self._experiment.objectives):
             return {}
-        depths = tuple(layer.depth for layer in self._recipes[number].layers)
+        recipe = self._recipes[number]
+        depths = tuple(depths_of(recipe, recipe.sources[0].name))
         if depths not in self._properties:
             self._properties[depths] = properties(self._experiment, self._recipes[number])
         return self._properties[depths]

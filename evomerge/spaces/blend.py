@@ -1,18 +1,23 @@
 """The parameter space: how much of each source, layer by layer and module by module, by which method."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import product
 
 import numpy as np
 
 from evomerge.errors import RecipeError
-from evomerge.genome import ActiveIf, Axis, Choice, Gene, Genome, Real, check_axes, check_genome
-from evomerge.recipe import GROUPS, Blend, Layer, Parameter, Recipe, Source
+from evomerge.genome import ActiveIf, Axis, Choice, Gene, Genome, Real, Whole, check_axes, check_genome
+from evomerge.methods import canonical
+from evomerge.recipe import ENDS, GROUPS, Blend, Parameter, Recipe, Route, Source
 from evomerge.value import value
 
 #: The name of the axis that chooses the method, where there is a choice.
 METHOD_AXIS = "method"
+
+#: The option of a slot that leaves it empty.
+NONE = "none"
 
 
 @value
@@ -26,17 +31,51 @@ class Range:
 
 @value
 class ParameterRange:
-    """Bounds of a method's parameter: one gene for the whole recipe, or one per source.
+    """What a method's parameter may be: a range or options, one gene for the whole recipe or one per source.
 
-    `methods` are those that have the parameter; where the method is itself a gene, the
-    parameter's genes are active only under them.
+    With one value or option it is no gene.
+
+    Attributes:
+        low: the least value, where it is a number.
+        high: the greatest.
+        log: whether it is searched on a logarithmic scale.
+        whole: whether it is a whole number.
+        options: its values, where it is a word.
+        per_source: whether each source has its own.
+        methods: those that have the parameter; where the method is itself a gene, the parameter's genes are active
+            only under them. Where a line is made of slots, these are options of `slot`.
+        slot: the slot whose choice decides whether the parameter counts.
     """
 
-    low: float
-    high: float
+    low: float = 0.0
+    high: float = 0.0
     log: bool = False
+    whole: bool = False
+    options: tuple[str, ...] = ()
     per_source: bool = False
     methods: tuple[str, ...] = ()
+    slot: str = METHOD_AXIS
+
+    @property
+    def fixed(self) -> bool:
+        """Whether there is nothing to choose."""
+        return len(self.options) == 1 if self.options else self.low == self.high
+
+    def axis(self, name: str, active_if: ActiveIf | None) -> Axis:
+        """Return the axis of one of its genes."""
+        if self.options:
+            return Choice(name=name, options=self.options, active_if=active_if)
+        if self.whole:
+            return Whole(name=name, low=int(self.low), high=int(self.high), log=self.log, active_if=active_if)
+        return Real(name=name, low=self.low, high=self.high, log=self.log, active_if=active_if)
+
+
+@value
+class Slot:
+    """A place in a line of stages and what may stand there: stages with or without settings, or `none`."""
+
+    name: str
+    options: tuple[str, ...]
 
 
 @value
@@ -51,7 +90,10 @@ class BlendSpace:
         sources: the models that are blended.
         base: the model that task vectors are taken from; None for methods that need none.
         depth: number of layers of the sources.
-        methods: names of the methods; the choice is a gene where there are several.
+        methods: names of methods, or lines of stages; the choice is a gene where there are several.
+        slots: in place of methods: the parts of a line, in order, each a gene where it has several options.
+        calibration: a file of texts, for methods that take statistics.
+        routes: go before those that the genome makes: tensors that they take are not searched.
         knots: number of values over depth.
         profile: `constant` cuts the depth into `knots` groups of layers as equal as can be
             and gives each one value; `linear` places the values evenly from the first to the
@@ -74,8 +116,13 @@ class BlendSpace:
     parameters: Mapping[str, ParameterRange]
     dtype: str
     seed: int = 0
+    slots: tuple[Slot, ...] = ()
+    routes: tuple[Route, ...] = ()
+    calibration: Source | None = None
 
     def __post_init__(self) -> None:
+        if bool(self.methods) == bool(self.slots):
+            raise RecipeError("a space has either methods or slots, at least one")
         if sorted(group for modules in self.modules for group in modules) != sorted(GROUPS):
             raise RecipeError(f"modules must hold each of {', '.join(GROUPS)} once, got {self.modules}")
         if self.profile not in ("constant", "linear"):
@@ -97,12 +144,12 @@ class BlendSpace:
         """
         check_genome(self.axes, genome, "decode")
         genes = {axis.name: gene for axis, gene in zip(self.axes, genome, strict=True)}
-        method = str(genes.get(METHOD_AXIS, self.methods[0]))
+        chosen = {slot.name: str(genes.get(slot.name, slot.options[0])) for slot in self._slots}
         knots = {
             (source.name, m): [float(genes[f"weight.{source.name}.{m}.{k}"]) for k in range(self.knots)]
             for source, m in product(self.sources, range(len(self.modules)))
         }
-        return self._recipe(method, knots, self._read_parameters(method, genes))
+        return self._recipe(_line(chosen), knots, self._read_parameters(chosen, genes))
 
     def constant(self, method: str, weight: Mapping[str, float]) -> Recipe:
         """Return the recipe with one weight per source everywhere and the method's default parameters.
@@ -117,12 +164,13 @@ class BlendSpace:
 
     def genome_of_constant(self, method: str, weight: Mapping[str, float]) -> Genome | None:
         """Return the genome that decodes to `constant(method, weight)`, or None if the space has none."""
-        if method not in self.methods or self._parameters_of(method):
+        chosen = self._choice_of(method)
+        if chosen is None or self._parameters_of(chosen):
             return None
         genes: list[Gene] = []
         for axis in self.axes:
-            if axis.name == METHOD_AXIS:
-                genes.append(method)
+            if axis.name in chosen:
+                genes.append(chosen[axis.name])
             elif axis.name.startswith("weight."):
                 # The name of a source may have dots of its own.
                 genes.append(weight[axis.name.removeprefix("weight.").rsplit(".", 2)[0]])
@@ -131,31 +179,50 @@ class BlendSpace:
         fits = all(axis.contains(gene) for axis, gene in zip(self.axes, genes, strict=True))
         return tuple(genes) if fits else None
 
+    @property
+    def _slots(self) -> tuple[Slot, ...]:
+        return self.slots or (Slot(name=METHOD_AXIS, options=self.methods),)
+
+    def _choice_of(self, method: str) -> dict[str, str] | None:
+        """Return the options whose line is a method, or None; a long list of lines is not looked through."""
+        options = [slot.options for slot in self._slots]
+        if math.prod(len(each) for each in options) > _MOST_LINES:
+            return None
+        wanted = canonical(method, {}, {})
+        for choice in product(*options):
+            chosen = dict(zip((slot.name for slot in self._slots), choice, strict=True))
+            if canonical(_line(chosen), {}, {}) == wanted:
+                return chosen
+        return None
+
     def _axes(self) -> Iterator[Axis]:
-        several = len(self.methods) > 1
-        if several:
-            yield Choice(name=METHOD_AXIS, options=self.methods)
+        for slot in self._slots:
+            if len(slot.options) > 1:
+                yield Choice(name=slot.name, options=slot.options)
         for source, m, k in product(self.sources, range(len(self.modules)), range(self.knots)):
             w = self.weight
             yield Real(name=f"weight.{source.name}.{m}.{k}", low=w.low, high=w.high, log=w.log)
         for name, bounds in self.parameters.items():
-            methods = tuple(method for method in self.methods if method in bounds.methods)
-            if not methods:
+            options = next((slot.options for slot in self._slots if slot.name == bounds.slot), ())
+            having = tuple(option for option in options if option in bounds.methods)
+            if not having or bounds.fixed:
                 continue
-            condition = ActiveIf(axis=METHOD_AXIS, options=methods) if several else None
+            condition = ActiveIf(axis=bounds.slot, options=having) if len(options) > 1 else None
             owners = [f".{source.name}" for source in self.sources] if bounds.per_source else [""]
-            for owner in owners:
-                yield Real(
-                    name=name + owner, low=bounds.low, high=bounds.high, log=bounds.log, active_if=condition
-                )
+            yield from (bounds.axis(name + owner, condition) for owner in owners)
 
-    def _parameters_of(self, method: str) -> list[str]:
-        return [name for name, bounds in self.parameters.items() if method in bounds.methods]
+    def _parameters_of(self, chosen: Mapping[str, str]) -> list[str]:
+        return [name for name, bounds in self.parameters.items() if chosen.get(bounds.slot) in bounds.methods]
 
-    def _read_parameters(self, method: str, genes: Mapping[str, Gene]) -> dict[str, Parameter]:
+    def _read_parameters(self, chosen: Mapping[str, str], genes: Mapping[str, Gene]) -> dict[str, Parameter]:
         found: dict[str, Parameter] = {}
-        for name in self._parameters_of(method):
-            if self.parameters[name].per_source:
+        for name in self._parameters_of(chosen):
+            bounds = self.parameters[name]
+            if bounds.fixed:
+                found[name] = bounds.options[0] if bounds.options else bounds.low
+            elif bounds.options:
+                found[name] = str(genes[name])
+            elif bounds.per_source:
                 found[name] = {source.name: float(genes[f"{name}.{source.name}"]) for source in self.sources}
             else:
                 found[name] = float(genes[name])
@@ -171,19 +238,31 @@ class BlendSpace:
             weights = {source.name: self._at(knots[source.name, m], layer) for source in self.sources}
             return Blend(method=method, weights=weights, parameters=parameters)
 
-        layers = tuple(
-            Layer(depth=i, attention=blend("attention", i), mlp=blend("mlp", i), other=blend("other", i))
-            for i in range(self.depth)
-        )
+        ends = zip(ENDS, (0, self.depth - 1), strict=True)
         return Recipe(
             sources=self.sources,
             base=self.base,
-            embedding=blend("other", 0),
-            layers=layers,
-            head=blend("other", self.depth - 1),
+            routes=(
+                *self.routes,
+                *(Route(blend=blend("other", layer), groups=(end,)) for end, layer in ends),
+                *(route for modules in self.modules for route in self._runs(modules, blend)),
+            ),
+            layers=tuple(range(self.depth)),
             dtype=self.dtype,
             seed=self.seed,
+            calibration=self.calibration,
         )
+
+    def _runs(self, modules: tuple[str, ...], blend: Callable[[str, int], Blend]) -> Iterator[Route]:
+        """Yield one route for each run of layers that are blended alike."""
+        groups = () if set(modules) == set(GROUPS) else modules
+        blends = [blend(modules[0], layer) for layer in range(self.depth)]
+        start = 0
+        for stop in range(1, self.depth + 1):
+            if stop == self.depth or blends[stop] != blends[start]:
+                whole = (start, stop) == (0, self.depth)
+                yield Route(blend=blends[start], groups=groups, layers=None if whole else (start, stop))
+                start = stop
 
     def _at(self, knots: list[float], layer: int) -> float:
         """Return the value of a depth profile at a layer; both ends of the model take the end values."""
@@ -191,3 +270,12 @@ class BlendSpace:
             return knots[layer * len(knots) // self.depth]
         place = layer / (self.depth - 1) * (len(knots) - 1)
         return float(np.interp(place, range(len(knots)), knots))
+
+
+#: The most lines that are looked through for one that is a given method.
+_MOST_LINES = 4096
+
+
+def _line(chosen: Mapping[str, str]) -> str:
+    """Return the method that the chosen options of all slots make."""
+    return " | ".join(option for option in chosen.values() if option != NONE)

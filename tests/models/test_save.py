@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +19,7 @@ from evomerge.models.checkpoint import Checkpoint
 from evomerge.models.materialize import materialize
 from evomerge.models.resident import OnDisk, Resident
 from evomerge.models.save import save
-from evomerge.recipe import Blend, Layer, Recipe, Source
+from evomerge.recipe import Blend, Recipe, Route, Source
 
 
 def recipe(names: tuple[str, ...], depths: tuple[int, ...], dtype: str = "bfloat16", method: str = "linear") -> Recipe:
@@ -24,8 +27,7 @@ def recipe(names: tuple[str, ...], depths: tuple[int, ...], dtype: str = "bfloat
     given = Blend(method=method, weights=dict.fromkeys(names[1:], 0.5), parameters={})
     return Recipe(
         sources=tuple(Source(name=name, path=name) for name in names[1:]), base=Source(name=names[0], path=names[0]),
-        embedding=given, head=given, dtype=dtype,
-        layers=tuple(Layer(depth=depth, attention=given, mlp=given, other=given) for depth in depths),
+        routes=(Route(blend=given),), layers=depths, dtype=dtype,
     )  # fmt: skip
 
 
@@ -208,3 +210,84 @@ def test_a_stream_that_does_not_fit_is_refused(family: dict[str, Path], tmp_path
             save(stream, Checkpoint(family["base"]), tmp_path / "out", dtype="bfloat16")
 
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def odd(family: dict[str, Path], tmp_path: Path) -> Path:
+    """Return a model folder with tensors that are not floating point, have no dimension, or no entry."""
+    folder = tmp_path / "odd"
+    shutil.copytree(family["base"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.ids"] = torch.arange(3)
+    tensors["model.layers.1.mlp.flag"] = torch.tensor(True)
+    tensors["model.layers.2.mlp.none"] = torch.zeros(0, 4)
+    tensors["model.layers.2.mlp.byte"] = torch.tensor([7, 8, 9], dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 3000])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_order_of_the_stream_changes_no_byte(odd: Path, tmp_path: Path, shard_bytes: int, dtype: str) -> None:
+    """Backwards or forwards, the files are the same, and safetensors reads exactly the tensors that were given."""
+    template = Checkpoint(odd)
+    given = {
+        name: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+        for name, tensor in load_file(odd / "model.safetensors").items()
+    }
+    for folder, names in (("one", list(given)), ("two", list(given)[::-1])):
+        stream = ((name, given[name]) for name in names)
+        save(stream, template, tmp_path / folder, dtype=dtype, shard_bytes=shard_bytes)
+
+    files = sorted((tmp_path / "one").glob("*.safetensors*"))
+    assert (len(files) > 4) == (shard_bytes == 3000)
+    found: dict[str, Tensor] = {}
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as shard:
+                assert shard.metadata() == {"format": "pt"}
+                found |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118  # it is no mapping
+    assert set(found) == set(given)
+    for name, tensor in given.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].shape == tensor.shape
+        assert torch.equal(found[name], tensor)
+
+
+def test_every_tensor_is_aligned(odd: Path, tmp_path: Path) -> None:
+    """Headers are multiples of 8 bytes, and each tensor begins at a multiple of its entry's size."""
+    save(load_file(odd / "model.safetensors").items(), Checkpoint(odd), tmp_path / "out", dtype="bfloat16")
+    content = (tmp_path / "out" / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    sizes = {"I64": 8, "BF16": 2, "U8": 1, "BOOL": 1, "F32": 4}
+    header = json.loads(content[8 : 8 + length])
+    del header["__metadata__"]
+
+    assert length % 8 == 0
+    assert all(entry["data_offsets"][0] % sizes[entry["dtype"]] == 0 for entry in header.values())
+    assert max(entry["data_offsets"][1] for entry in header.values()) == len(content) - 8 - length
+
+
+def test_numbers_that_are_no_floats_keep_their_dtype(odd: Path, tmp_path: Path) -> None:
+    """A tensor of another one than the template stores is refused."""
+    tensors = load_file(odd / "model.safetensors")
+    tensors["model.layers.0.mlp.ids"] = tensors["model.layers.0.mlp.ids"].int()
+
+    with pytest.raises(ModelError, match=r"mlp.ids' is torch.int32, but int64 is declared"):
+        save(tensors.items(), Checkpoint(odd), tmp_path / "out", dtype="bfloat16")
+
+
+def test_a_tensor_is_on_the_disk_before_the_next_one_comes(family: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing is kept of what has been written: the caller may use its memory again."""
+    tensors = dict(materialize(LLAMA, Resident(family)))
+    buffer = torch.empty(max(tensor.numel() for tensor in tensors.values()), dtype=torch.bfloat16)
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors.items():
+            yield name, buffer[: tensor.numel()].copy_(tensor.flatten()).view(tensor.shape)
+
+    save(stream(), Checkpoint(family["base"]), tmp_path / "out", dtype="bfloat16")
+
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

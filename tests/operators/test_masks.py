@@ -5,104 +5,141 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from evomerge.operators import masks
 
-#: First words of SplitMix64 with seed 1234567, as published with its reference implementation.
-PUBLISHED = (6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821)
+FULL = (1 << 32) - 1
 
 
-def splitmix64(state: int, count: int) -> list[int]:
-    """Return words of SplitMix64 in plain Python integers, from the published formula."""
-    found, full = [], (1 << 64) - 1
-    for _ in range(count):
-        state = (state + 0x9E3779B97F4A7C15) & full
-        z = state
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & full
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & full
-        found.append(z ^ (z >> 31))
-    return found
+def lowbias32(x: int) -> int:
+    """Return the published finaliser of a 32-bit number, in plain Python integers."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D & FULL
+    x ^= x >> 15
+    x = x * 0x846CA68B & FULL
+    return x ^ x >> 16
 
 
-def test_words_are_the_published_sequence() -> None:
-    """The words of a key are those of SplitMix64 seeded with it."""
-    found = [word & ((1 << 64) - 1) for word in masks.words(1234567, 0, 5).tolist()]
+def drawn(first: int, second: int, place: int) -> float:
+    """Return number `place` of the sequence of a key, in plain Python integers: the finaliser, twice.
 
-    assert tuple(found) == PUBLISHED
-
-
-@pytest.mark.parametrize("key", [0, 1, 2**63, 2**64 - 1, masks.key(7, "a", "model.norm.weight")])
-def test_words_agree_with_plain_integers_from_any_start(key: int) -> None:
-    """Vectorised int64 arithmetic equals unbounded integers modulo 2^64, at the start and in the middle."""
-    expected = splitmix64(key, 1000)
-    full = (1 << 64) - 1
-
-    assert [w & full for w in masks.words(key, 0, 1000).tolist()] == expected
-    assert [w & full for w in masks.words(key, 990, 10).tolist()] == expected[990:]
+    The generator leaves out the shifts at the seam, which cancel up to the second word of the key, and the last one.
+    """
+    word = second ^ place >> 32
+    outer = lowbias32(lowbias32((place + first) & FULL) ^ word ^ word >> 16)
+    return ((outer ^ outer >> 16) >> 8) / 2**24
 
 
-def test_a_mask_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing in small pieces gives the mask that one piece gives."""
-    whole = masks.bernoulli(5, (13, 29), 0.4)
-    monkeypatch.setattr(masks, "CHUNK", 17)
-
-    assert torch.equal(masks.bernoulli(5, (13, 29), 0.4), whole)
+def uniform(seed: int = 0, source: str = "a", tensor: str = "w", start: int = 0, count: int = 40000) -> Tensor:
+    """Return numbers of one sequence."""
+    return masks.uniform(masks.keys(seed, [source], tensor), start, count)[0]
 
 
-def test_entries_count_in_memory_order() -> None:
-    """The mask of a matrix is the mask of its flattened form."""
-    assert torch.equal(masks.bernoulli(5, (6, 4), 0.5).flatten(), masks.bernoulli(5, (24,), 0.5))
+@settings(max_examples=60, deadline=None)
+@given(
+    key=st.tuples(st.integers(0, FULL), st.integers(0, FULL)),
+    start=st.one_of(st.integers(0, 100), st.integers((1 << 31) - 5, (1 << 31) + 5), st.integers(0, 1 << 45)),
+)
+def test_numbers_are_those_of_unbounded_integers(key: tuple[int, int], start: int) -> None:
+    """Vectorised int32 arithmetic equals integers modulo 2^32, also where the counter passes 2^31 and 2^32."""
+    words = torch.tensor([[word - (1 << 32) if word >> 31 else word for word in key]], dtype=torch.int32)
+
+    assert masks.uniform(words, start, 6)[0].tolist() == [drawn(*key, start + i) for i in range(6)]
+
+
+def test_a_tensor_of_more_than_2_to_the_32_entries_does_not_repeat() -> None:
+    """The sequence goes on after 2^32 entries with other numbers, and has no seam there."""
+    keys = masks.keys(3, ["a", "b"], "w")
+    across = masks.uniform(keys, (1 << 32) - 500, 1000)
+
+    assert torch.equal(across[:, 500:], masks.uniform(keys, 1 << 32, 500))
+    agreeing = (masks.uniform(keys, 0, 20000) == masks.uniform(keys, 1 << 32, 20000)).sum()
+    assert int(agreeing) < 5
+
+
+def test_a_draw_does_not_depend_on_the_piece() -> None:
+    """Pieces of any size, with a number or a tensor for their start, give what one piece gives."""
+    keys = masks.keys(5, ["a", "b", "c"], "w")
+    whole = masks.uniform(keys, 0, 377)
+    for size in (1, 17, 100, 400):
+        pieces = [masks.uniform(keys, at, min(size, 377 - at)) for at in range(0, 377, size)]
+        assert torch.equal(torch.cat(pieces, dim=1), whole)
+    assert torch.equal(masks.uniform(keys, torch.tensor(100), 50), whole[:, 100:150])
+
+
+def test_sources_are_drawn_as_alone() -> None:
+    """The row of a source is the same whoever else takes part."""
+    together = masks.uniform(masks.keys(5, ["a", "b"], "w"), 0, 100)
+
+    assert torch.equal(together[1], uniform(5, "b", count=100))
 
 
 def test_keys_differ_by_seed_source_and_tensor() -> None:
     """Seed, source and tensor all count, and cannot be shifted into each other."""
-    keys = {
-        masks.key(seed, source, tensor)
+    found = {
+        tuple(masks.keys(seed, [source], tensor)[0].tolist())
         for seed in (0, 1, 11)
         for source in ("a", "ab", "1a")
         for tensor in ("w", "v", "bw")
     }
 
-    assert len(keys) == 27
+    assert len(found) == 27
+    assert masks.keys(0, [], "w").shape == (0, 2)
 
 
-@pytest.mark.parametrize("keep", [0.02, 0.3, 0.5, 0.9])
+def test_numbers_lie_in_the_half_open_unit_interval() -> None:
+    """Nothing is below 0 and nothing reaches 1, so probability 1 keeps everything and 0 nothing."""
+    found = uniform(count=1 << 20)
+
+    assert float(found.min()) >= 0
+    assert float(found.max()) < 1
+
+
+@pytest.mark.parametrize("keep", [0.001, 0.02, 0.3, 0.5, 0.9])
 def test_the_share_kept_is_the_probability(keep: float) -> None:
-    """The share of True is within five standard deviations of the probability, for several keys."""
+    """The share below a probability is within five standard deviations of it, for several keys and starts."""
     count = 40000
-    for seed in range(3):
-        share = masks.bernoulli(masks.key(seed, "a", "w"), (count,), keep).double().mean()
+    for seed, start in ((0, 0), (1, 0), (2, 1 << 33)):
+        share = (uniform(seed, start=start) < keep).double().mean()
 
         assert abs(float(share) - keep) < 5 * math.sqrt(keep * (1 - keep) / count)
 
 
+def test_numbers_are_uniform_in_a_chi_squared_test() -> None:
+    """Counts in 256 equal cells scatter as uniform ones do, by the high and by the low bits."""
+    cells, count = 256, 1 << 18
+    found = uniform(7, count=count)
+    for scaled in (found * cells, found * 2**24 % cells):
+        counts = torch.bincount(scaled.long(), minlength=cells).double()
+        statistic = float(((counts - count / cells) ** 2).sum() / (count / cells))
+        assert abs(statistic - (cells - 1)) < 5 * math.sqrt(2 * (cells - 1))
+
+
 def test_neighbours_and_keys_are_uncorrelated() -> None:
-    """Entries at lag 1, and masks of two sources, agree as often as independent ones do."""
-    drawn = [masks.bernoulli(masks.key(0, source, "w"), (40000,), 0.5) for source in "abc"]
-    pairs = [(mask[1:], mask[:-1]) for mask in drawn] + list(pairwise(drawn))
-    for left, right in pairs:
-        assert abs(float((left == right).double().mean()) - 0.5) < 5 * 0.5 / math.sqrt(40000)
-
-
-def test_certain_probabilities_are_exact() -> None:
-    """Probability 0 keeps nothing, 1 keeps everything, also of an empty tensor."""
-    assert not masks.bernoulli(3, (5000,), 0.0).any()
-    assert masks.bernoulli(3, (5000,), 1.0).all()
-    assert masks.bernoulli(3, (0, 4), 0.5).shape == (0, 4)
+    """Entries at small lags and at powers of two, sources, tensors and seeds agree as often as independent ones do."""
+    rows = [uniform(0, source) < 0.5 for source in "abc"] + [uniform(1) < 0.5, uniform(tensor="v") < 0.5]
+    lagged = [(row[lag:], row[:-lag]) for row in rows for lag in (1, 2, 3, 64, 4096)]
+    for left, right in lagged + list(pairwise(rows)):
+        assert abs(float((left == right).double().mean()) - 0.5) < 5 * 0.5 / math.sqrt(len(left))
 
 
 def test_no_global_generator_is_read_or_moved() -> None:
-    """Masks neither depend on torch's generator nor advance it."""
+    """Draws neither depend on torch's generator nor advance it."""
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = masks.bernoulli(9, (1000,), 0.5)
+    first = uniform(count=1000)
 
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(1)
-    assert torch.equal(first, masks.bernoulli(9, (1000,), 0.5))
+    assert torch.equal(first, uniform(count=1000))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_draws_the_same_mask() -> None:
+def test_a_gpu_draws_the_same() -> None:
     """The device changes no bit."""
-    assert torch.equal(masks.bernoulli(9, (100001,), 0.37, "cuda").cpu(), masks.bernoulli(9, (100001,), 0.37))
+    keys = masks.keys(9, ["a", "b"], "w")
+    for start in (0, (1 << 31) - 50, (1 << 32) - 50):
+        assert torch.equal(masks.uniform(keys.cuda(), start, 100001).cpu(), masks.uniform(keys, start, 100001))

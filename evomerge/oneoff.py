@@ -1,0 +1,241 @@
+"""One merge without a search: a recipe, ours or mergekit's, checked from headers and streamed to a model folder."""
+
+import dataclasses
+import heapq
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evomerge import __version__
+from evomerge.errors import InvalidInput, RecipeError
+from evomerge.methods import method
+from evomerge.models import mergekit
+from evomerge.models.checkpoint import Checkpoint
+from evomerge.models.locate import called, locate
+from evomerge.models.materialize import Blueprint, Step, plan, statistics_for
+from evomerge.models.resident import OnDisk, Sources
+from evomerge.models.save import save
+from evomerge.models.together import fitting, together
+from evomerge.models.vocabulary import Aligned
+from evomerge.operators.parts import PIECE
+from evomerge.recipe import Blend, Recipe, Source, depths_of, models_of, read, to_yaml
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Bytes of an entry in the dtypes of a recipe.
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+#: Tensors (or pieces) in float32 that the arithmetic of a line holds at once, for each model and beside them.
+_COPIES, _BESIDE = 4, 4
+
+#: Bytes of an entry of a finished tensor beside its own: in float32, and while it is checked for what is not finite.
+_FINISHED = 8
+
+
+class OneOff:
+    """A recipe whose models are at hand and fit together; nothing is built before `write`.
+
+    Args:
+        path: a recipe.yaml, or a file of mergekit's.
+        dtype: in place of the recipe's; empty: as it says.
+
+    Attributes:
+        recipe: with the absolute path and the fingerprint of every model.
+        folders: of the models, by name.
+        steps: what is built.
+
+    Raises:
+        RecipeError: naming the file and what does not fit.
+    """
+
+    def __init__(self, path: Path, dtype: str = "") -> None:
+        """Read the recipe, open its models, and check all that headers and tokenizers tell."""
+        given = mergekit.read(path) if mergekit.is_mergekit(path) else read(path)
+        try:
+            given = dataclasses.replace(given, dtype=dtype) if dtype else given
+            self.recipe = _located(given, path.parent)
+            self.folders = {name: Path(source.path) for name, source in models_of(self.recipe).items()}
+            self._first = next(iter(self.folders))
+            self.sources = self._open()
+            self.steps = plan(self.recipe, self.sources.names, self.sources.depth)
+        except InvalidInput as problem:
+            text = str(problem)
+            raise RecipeError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+
+    def _open(self) -> Sources:
+        if self.recipe.tokenizer:
+            return Aligned(self.folders, self.recipe.tokenizer, self.recipe.base.name if self.recipe.base else None)
+        return OnDisk(self.folders)
+
+    @property
+    def entries(self) -> int:
+        """The number of elements of the model that is built."""
+        return sum(self._entries(step) for step in self.steps)
+
+    @property
+    def bytes(self) -> int:
+        """The size of the model that is built."""
+        return self.entries * _BYTES[self.recipe.dtype]
+
+    @property
+    def together(self) -> int:
+        """How many tensors are built at the same time on the CPU.
+
+        Lines that take whole tensors have few and large operations, which are split among the threads instead.
+        """
+        return fitting() if self._plain and all(map(_in_pieces, self.recipe.blends())) else 1
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the merge needs beside the program itself: those of the largest tensors that are built together.
+
+        Of a line that is run piece by piece these are the tensors of all models as stored, the result in float32 and in
+        its own dtype, and some pieces; of another line all models' tensors in float32 several times.
+        """
+        return sum(heapq.nlargest(self.together, map(self._bytes, self.steps)))
+
+    @property
+    def passes(self) -> int:
+        """The number of questions about the whole that are answered before the merge, each in a pass over the models.
+
+        One for a threshold takes two passes.
+        """
+        return max((wide(step.blend.method, dict(step.blend.parameters)) for step in self.steps), default=0)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the tensors of all models are used as they lie on the disk."""
+        named = (*self.recipe.sources, *([self.recipe.base] if self.recipe.base else []))
+        return not isinstance(self.sources, Aligned) and all(source.recipe is None for source in named)
+
+    def _entries(self, step: Step) -> int:
+        return math.prod(self.sources.shape(self._first, step.of(self._first)))
+
+    def _bytes(self, step: Step) -> int:
+        """Return the bytes that building one tensor needs."""
+        entries, models = self._entries(step), len(self.folders)
+        stored = sum(self.sources.dtype(name, step.of(name)).itemsize for name in self.folders)
+        worked = min(entries, PIECE) if self._plain and _in_pieces(step.blend) else entries
+        return entries * (stored + _BYTES[self.recipe.dtype] + _FINISHED) + 4 * worked * (_COPIES * models + _BESIDE)
+
+    def write(
+        self, directory: Path, device: str = "cpu", advance: Callable[[int], None] = lambda entries: None
+    ) -> None:
+        """Merge into a new folder, which appears when it is whole.
+
+        Args:
+            directory: the folder to make.
+            device: where to merge.
+            advance: called with the number of elements of each tensor that is finished.
+
+        Raises:
+            ModelError: if the folder exists.
+            CandidateError: if values are not finite.
+        """
+        owner = self.recipe.base.name if self.recipe.base and self.recipe.base.name in self.folders else self._first
+        aligned = self.sources if isinstance(self.sources, Aligned) else None
+        files = {"recipe.yaml": to_yaml(self.recipe), "README.md": card(self), **(aligned.files if aligned else {})}
+        save(
+            self._stream(device, advance),
+            aligned.template if aligned else Checkpoint(self.folders[owner]),
+            directory,
+            dtype=self.recipe.dtype,
+            extra_files=files,
+            depths=depths_of(self.recipe, owner) or None,
+        )
+
+    def _stream(self, device: str, advance: Callable[[int], None]) -> Iterator[tuple[str, "Tensor"]]:
+        statistic = statistics_for(self.recipe, self.folders, device=device)
+        blueprint = Blueprint(self.recipe, self.sources, device, statistic)
+        apart = self.together > 1 and device == "cpu"
+        names = (step.name for step in self.steps)
+        for name, tensor in together(blueprint.tensor, names, self.together) if apart else blueprint.stream():
+            yield name, tensor
+            advance(tensor.numel())
+
+
+def _in_pieces(blend: Blend) -> bool:
+    """Tell whether a blend is run on flat pieces of its tensors; what takes statistics is not."""
+    steps = method(blend.method).bound(blend.parameters, [name for name, weight in blend.weights.items() if weight])
+    return all(
+        step.stage.elementwise and not step.stage.statistics and "row" not in step.values.values() for step in steps
+    )
+
+
+def wide(name: str, parameters: dict[str, object]) -> int:
+    """Return how many questions about layer or model a blend asks."""
+    found = method(name)
+    given = {known: parameters.get(known, parameter.default) for known, parameter in found.parameters.items()}
+    return sum(
+        (key.rpartition(".")[2] == "scope" and each in ("layer", "model")) or each == "majority"
+        for key, each in given.items()
+    )
+
+
+def card(job: OneOff) -> str:
+    """Return the README of a merged model: what it is made of and how to load it."""
+    recipe = job.recipe
+    methods = ", ".join(dict.fromkeys(blend.method for blend in recipe.blends()))
+    sources = models_of(recipe)
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [merge, evomerge]",
+            "---",
+            "",
+            "# A merged model",
+            "",
+            f"Merged by evomerge {__version__} from {', '.join(sources)} by {methods}"
+            + (f", with task vectors taken from {recipe.base.name}" if recipe.base else "")
+            + f". `recipe.yaml` says exactly how; digest `{recipe.digest}`.",
+            "",
+            "## Use",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained(".")  # this folder',
+            'tokenizer = AutoTokenizer.from_pretrained(".")',
+            "```",
+            "",
+            "## Sources",
+            "",
+            "| name | model | fingerprint |",
+            "|---|---|---|",
+            *(f"| {s.name} | {called(Path(s.path))} | `{s.fingerprint}` |" for s in sources.values()),
+            "",
+        ]
+    )
+
+
+def _located(recipe: Recipe, near: Path) -> Recipe:
+    """Return a recipe with absolute paths and the fingerprints of its models.
+
+    Raises:
+        RecipeError: if a model is not the one whose fingerprint the recipe gives.
+    """
+
+    def found(source: Source) -> Source:
+        if source.recipe is not None:
+            return dataclasses.replace(source, recipe=_located(source.recipe, near))
+        folder = locate(source.path, near)
+        fingerprint = Checkpoint(folder).fingerprint
+        if source.fingerprint not in ("", fingerprint):
+            raise RecipeError(
+                f"model {source.name!r} in {source.path} is not the one that the recipe was made with: "
+                f"its fingerprint is {fingerprint}, not {source.fingerprint}"
+            )
+        return dataclasses.replace(source, path=str(folder), fingerprint=fingerprint)
+
+    texts = recipe.calibration
+    if texts is not None and texts.path:
+        texts = dataclasses.replace(texts, path=str((near / Path(texts.path).expanduser()).resolve()))
+    return dataclasses.replace(
+        recipe,
+        sources=tuple(found(source) for source in recipe.sources),
+        base=found(recipe.base) if recipe.base else None,
+        calibration=texts,
+    )
