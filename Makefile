@@ -3,6 +3,9 @@
 # make lint     ruff, mypy, import floors
 # make torture  kill a run at random moments (EVOMERGE_SEED) and compare its ledger with the uninterrupted one
 # make claims   measure what the README claims
+# make methods  build and score a model of the quickstart's sources by every method
+# make speed    measure what a candidate costs to build, as a ratio to a plain copy
+# make lines    compare every compiled method with its plain run
 # make clean    remove what these targets made; runs/ stays
 #
 # PYTHON=python3.12 picks the interpreter of a new .venv.
@@ -21,7 +24,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint torture claims clean
+.PHONY: demo test lint torture claims methods speed lines clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -40,6 +43,15 @@ torture: $(VENV)/.installed-test
 
 claims: $(VENV)/.installed
 	$(BIN)/python experiments/benchmarks/quickstart.py
+
+methods: $(VENV)/.installed
+	$(BIN)/python experiments/benchmarks/methods.py
+
+speed: $(VENV)/.installed
+	$(BIN)/python experiments/benchmarks/materialize.py
+
+lines: $(VENV)/.installed-test
+	$(SINGLE) EVOMERGE_EVERY_LINE=1 $(BIN)/python -m pytest tests/operators/test_fused.py -k every
 
 clean:
 	rm -rf $(VENV) build dist .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

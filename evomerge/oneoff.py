@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 #: Bytes of an entry in the dtypes of a recipe.
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-#: Tensors (or pieces) in float32 that the arithmetic of a line holds at once, for each model and beside them.
+#: Tensors in float32 that the arithmetic of a line holds at once, for each model and beside them; and pieces, with what
+#: the allocator of a thread keeps of those that it had.
 _COPIES, _BESIDE = 4, 4
+_PIECES, _PIECES_BESIDE = 8, 8
 
 #: Bytes of an entry of a finished tensor beside its own: in float32, and while it is checked for what is not finite.
 _FINISHED = 8
@@ -117,8 +119,10 @@ class OneOff:
         """Return the bytes that building one tensor needs."""
         entries, models = self._entries(step), len(self.folders)
         stored = sum(self.sources.dtype(name, step.of(name)).itemsize for name in self.folders)
-        worked = min(entries, PIECE) if self._plain and _in_pieces(step.blend) else entries
-        return entries * (stored + _BYTES[self.recipe.dtype] + _FINISHED) + 4 * worked * (_COPIES * models + _BESIDE)
+        finished = entries * (stored + _BYTES[self.recipe.dtype] + _FINISHED)
+        if self._plain and _in_pieces(step.blend):
+            return finished + 4 * min(entries, PIECE) * (_PIECES * models + _PIECES_BESIDE)
+        return finished + 4 * entries * (_COPIES * models + _BESIDE)
 
     def write(
         self, directory: Path, device: str = "cpu", advance: Callable[[int], None] = lambda entries: None

@@ -90,7 +90,11 @@ class ModelWorker:
         large = self._sources.bytes > LARGE
         if large:
             self._sources.store(cache_folder("tables"), _say)
-        self._lines = Lines() if large and unavailable() is None else None
+        why = unavailable() if large else None
+        if why is not None:
+            _say(f"lines are run plainly, which is slower for large models: {why}")
+        self._lines = Lines() if large and why is None else None
+        self._told = False
         self._setup = setup
         self._statistics: dict[Source | None, Statistic] = {}
 
@@ -136,6 +140,9 @@ class ModelWorker:
         blueprint = Blueprint(job.recipe, self._sources, self._device, statistic, self._lines)
         self._engine.load(blueprint.fill(before))
         self._held = blueprint.keys()
+        if self._lines is not None and self._lines.problem and not self._told:
+            self._told = True
+            _say(f"a line could not be compiled and is run plainly: {self._lines.problem}")
         self._live = digest
 
     def _ask(self, name: str, split: str, items: tuple[int, ...]) -> list[Response]:

@@ -148,7 +148,7 @@ def test_the_plan_counts_what_is_built(zoo: Path) -> None:
     ("line", "count"),
     [
         ("ties", 3),
-        ("slerp", 1),  # whole tensors
+        ("iso_c", 1),  # whole tensors
         ("base | trim(0.5, scope=row) | mean", 1),  # whole rows
     ],
 )
@@ -202,6 +202,7 @@ def memory(what):
     return 1024 * int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 torch.set_num_threads(2)
+torch.ones(1 << 20).bfloat16().float().sum()  # loads what torch loads late
 job = OneOff(Path(sys.argv[1]))
 before = memory("VmRSS")
 job.write(Path(sys.argv[2]))
@@ -210,18 +211,22 @@ print(before, memory("VmHWM"), job.peak, job.bytes, *[name for name in sys.modul
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize("line", ["task_arithmetic", "ties", "slerp"])
+@pytest.mark.parametrize(
+    "line",
+    ["task_arithmetic", "base | trim(0.2, scope=tensor) | elect | mean", "base | trim(0.5, scope=row) | mean"],
+    ids=["pieces", "questions", "whole"],
+)
 def test_the_stated_memory_is_enough(large: Path, line: str) -> None:
-    """The process grows by no more than the plan says (and 32 MB of libraries), and never loads transformers."""
-    text = SHORT.replace("method: ties", f"method: {line}").replace(", parameters: {density: 0.3}", "")
-    path = recipe(large, text, f"{line}.yaml")
-    done = subprocess.run([sys.executable, "-c", PEAK, path, large / line], capture_output=True, text=True, check=True)
+    """The process grows by no more than the plan says (and 16 MB), and never loads transformers."""
+    text = SHORT.replace("method: ties", f"method: '{line}'").replace(", parameters: {density: 0.3}", "")
+    command = [sys.executable, "-c", PEAK, recipe(large, text, f"{line[:8]}.yaml"), large / line[:20]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     before, after, stated, size = map(int, done.stdout.split())
 
     assert size > 90 * 10**6
-    assert after - before <= stated + 32 * 10**6
-    if line != "slerp":  # in pieces: no more than a few tensors as stored
-        assert stated < 1.5 * size
+    assert after - before <= stated + 16 * 10**6
+    if "row" not in line:  # in pieces: about a few tensors as stored
+        assert stated < 2 * size
 
 
 @pytest.mark.parametrize(

@@ -350,9 +350,10 @@ def test_compiled_lines_write_what_the_plain_ones_write(setup, monkeypatch, tmp_
 
     if fused.unavailable() is not None:
         pytest.skip(f"nothing can be compiled here: {fused.unavailable()}")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     plain = setup.make()
-    monkeypatch.setattr(module, "FUSED", 0)
+    monkeypatch.setattr(module, "LARGE", 0)
     compiled = setup.make()
     assert plain._lines is None
     for i in (0, 1, 5, 0):
@@ -364,12 +365,13 @@ def test_compiled_lines_write_what_the_plain_ones_write(setup, monkeypatch, tmp_
     assert compiled._lines.problem is None
 
 
-def test_without_a_compiler_a_worker_merges_plainly(setup, monkeypatch):
+def test_without_a_compiler_a_worker_merges_plainly(setup, monkeypatch, tmp_path):
     """Where nothing can be compiled a worker of great sources works all the same."""
     from evomerge import worker as module
     from evomerge.operators import fused
 
-    monkeypatch.setattr(module, "FUSED", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "LARGE", 0)
     monkeypatch.setattr(fused, "unavailable", lambda: "no working C++ compiler (none)")
     worker = setup.make()
 

@@ -273,7 +273,8 @@ class Blueprint:
         """Return what decides a tensor besides its blend: where it comes from, and the whole where it asks about it."""
         part = self._part_of.get(step.name)
         whole = self.recipe.digest if part is not None and self._merge.is_wide(part) else ""
-        return f"{step.origin} {dict(step.origins)} {step.layer} {len(self.recipe.layers)} {whole}"
+        together = () if part is None else part.tensors
+        return f"{step.origin} {dict(step.origins)} {step.layer} {len(self.recipe.layers)} {together} {whole}"
 
     def _known_statistic(self, kind: str, source: str | None, tensor: str) -> Tensor | None:
         if kind in DRAWS:

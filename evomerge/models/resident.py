@@ -1,10 +1,10 @@
 """Where `materialize` gets tensors from: read when asked for, or kept in memory for a whole search."""
 
-import contextlib
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -327,8 +327,8 @@ class Tables:
             save_file(tensors, partial_file, metadata=kinds)
             os.replace(partial_file, file)
         except (OSError, SafetensorError):
-            with contextlib.suppress(OSError):
-                partial_file.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial_file.unlink()
 
     def _file(self, source: str, base: str) -> Path:
         return self._folder / f"{self._prints[source]}-{self._prints[base]}-magnitudes.safetensors"

@@ -27,7 +27,8 @@ from evomerge.recipe import Blend
 _JOINING = "knots"
 
 #: Entries that an elementwise line is run on at a time: its intermediate results stay in the processor's cache, and
-#: memory is needed for the tensors as they are stored, and one in float32.
+#: memory is needed for the tensors as they are stored, and one in float32. A multiple of `facts.BLOCK`, so that sums
+#: have the same bits whatever it is.
 PIECE = 1 << 18
 
 
@@ -111,7 +112,7 @@ class Merge:
         """Answer the questions of wide scope."""
         self._known, self._lines = known, lines
         self._probed: dict[str, Tensor] = {}
-        self._columns: dict[tuple[int, tuple[str, ...]], Sequence[Tensor]] = {}
+        self._columns: dict[tuple[int, tuple[str, ...], int | None], Sequence[Tensor]] = {}
         self._unions: dict[tuple[str, int | None, str], Magnitudes | None] = {}
         self._all: dict[tuple[str, int | None, str], tuple[str, ...]] = {}
         self.wide: set[str] = set()
@@ -273,8 +274,8 @@ class Merge:
         self, part: Part, names: tuple[str, ...], steps: Sequence[Step], has_base: bool, keys: Tensor | None,
         device: torch.device,
     ) -> Sequence[Tensor]:  # fmt: skip
-        """Return the columns of a compiled line; those of a blend that asks nothing are the same for all its parts."""
-        key = (id(part.blend), names)
+        """Return the columns of a compiled line; those of a blend that asks nothing are the same within a layer."""
+        key = (id(part.blend), names, part.layer)
         if key in self._columns:
             return self._columns[key]
         weights = torch.tensor([part.blend.weights[name] for name in names], dtype=torch.float64, device=device)

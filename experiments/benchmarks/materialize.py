@@ -179,7 +179,8 @@ def _rival(
             _write(folder / name, tensors, shape)
         for method in ("task_arithmetic", "ties"):
             program = _IN_MEMORY.replace("METHOD", repr(method)).replace("THREADS", str(options.threads))
-            done = subprocess.run([options.mergekit, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
+            command = [options.mergekit, "-c", program]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
             seconds = json.loads(done.stdout.splitlines()[-1])
             config = folder / f"{method}.yaml"
             config.write_text(json.dumps(_config(method)), encoding="utf-8")
@@ -229,7 +230,8 @@ def _run(command: list[str], folder: Path) -> dict[str, float]:
     start = time.perf_counter()
     probe = "import resource,subprocess,sys;r=subprocess.run(sys.argv[1:],stdout=sys.stderr).returncode;"
     probe += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss);sys.exit(r)"
-    done = subprocess.run([sys.executable, "-c", probe, *command], cwd=folder, capture_output=True, text=True, check=False)
+    probed = [sys.executable, "-c", probe, *command]
+    done = subprocess.run(probed, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
     return {"seconds": time.perf_counter() - start, "peak": 1024.0 * int(done.stdout.splitlines()[-1])}

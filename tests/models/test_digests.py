@@ -41,7 +41,7 @@ METHODS: dict[str, tuple[str, dict[str, Parameter]]] = {
     "dare_ties": ("dare_ties", {"density": 0.4}),
     "dare, l2": ("dare_linear", {"density": 0.4, "rescale": "l2"}),
     "della": ("della", {}),
-    "breadcrumbs": ("breadcrumbs", {}),
+    "breadcrumbs": ("breadcrumbs", {"scope": "tensor"}),
     "one_bit": ("one_bit", {}),
     "lines": ("lines", {"b": 0.3}),
     "lines, given": ("lines", {"mode": "given", "a": 0.2, "b": 0.7}),
@@ -160,10 +160,8 @@ def test_only_what_changed_is_written(kind: str) -> None:
     sources, into = InMemory(MODELS, DEPTH), live()
     first = Blueprint(named(kind, 0.2, 0.9), sources).keys()
     filled(named(kind, 0.2, 0.9), sources, into)
-    changed = replace(
-        named(kind),
-        routes=(Route(blend=Blend(method="linear", weights={"a": 1.0}, parameters={}), layers=(1, 2)), *named(kind).routes),
-    )
+    only = Route(blend=Blend(method="linear", weights={"a": 1.0}, parameters={}), layers=(1, 2))
+    changed = replace(named(kind), routes=(only, *named(kind).routes))
     for given in (named(kind, 0.2, 0.4), named(kind), changed, named(kind, seed=4), named("linear"), named(kind)):
         assert filled(given, sources, into, first) == digests(given, sources)
         first = Blueprint(given, sources).keys()

@@ -123,7 +123,8 @@ Resident({"0": paths["0"]})
 before = memory("RssAnon")
 sources = Resident(paths)
 opened = memory("RssAnon") - before
-total = sum(float(sources.tensor(source, name).view(torch.int16)[::64].sum()) for source in paths for name in sources.names)
+for source in paths:
+    total = sum(float(sources.tensor(source, name).view(torch.int16)[::64].sum()) for name in sources.names)
 touched = memory("RssAnon") - before
 print("read", flush=True)
 sys.stdin.readline()
@@ -143,14 +144,12 @@ def test_sources_take_no_memory_of_their_own(family: dict[str, Path], tmp_path: 
     """Opening and reading 120 MB takes none of a process's own memory, and two processes share the pages."""
     paths = []
     for i in range(3):
-        tensors = {f"model.layers.0.{k}.weight": torch.zeros(10_000_000, dtype=torch.bfloat16) + k + i for k in range(2)}
+        zeros = torch.zeros(10_000_000, dtype=torch.bfloat16)
+        tensors = {f"model.layers.0.{k}.weight": zeros + k + i for k in range(2)}
         paths.append(str(rewritten(family["base"], tmp_path / str(i), tensors)))
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", MEASURE, *paths], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path.cwd()
-        )
-        for _ in range(2)
-    ]
+    command = [sys.executable, "-c", MEASURE, *paths]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    started = [subprocess.Popen(command, **pipes, text=True, cwd=Path.cwd()) for _ in range(2)]
     assert all(each.stdout is not None and each.stdout.readline() == "read\n" for each in started)
     # Measured while both are there: the last to be told is still waiting while the first looks.
     first = started[0].stdin
@@ -242,7 +241,8 @@ def test_knowledge_is_what_a_direct_computation_gives(piece: int, monkeypatch: p
 
 def test_knowledge_may_be_about_tensors_of_different_names() -> None:
     """A source's tensor of one layer may meet that of another layer of another source."""
-    sources = InMemory({"a": {"x": torch.tensor([1.0, 2.0])}, "b": {"x": torch.tensor([3.0, 5.0]), "z": torch.ones(2)}}, 1)
+    first, second = {"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([3.0, 5.0]), "z": torch.ones(2)}
+    sources = InMemory({"a": first, "b": second}, 1)
 
     assert Knowledge(sources).magnitudes(((("a", "x"), ("b", "z")),)).kth(1) == 1.0
     assert Knowledge(sources).gram((("a", "x"), ("b", "z")), ("b", "x")).tolist() == [[13.0, 16.0], [16.0, 20.0]]
@@ -322,7 +322,7 @@ def stored(folders: dict[str, Path], cache: Path, say: Callable[[str], None] = l
 
 
 def test_tables_outlive_the_process(family: dict[str, Path], tmp_path: Path) -> None:
-    """Tables that were stored are not built again, answer alike, and go by what is in the models, not by their names."""
+    """Stored tables are not built again, answer alike, and go by what is in the models, not by their names."""
     said: list[list[str]] = [[], [], [], []]
     names = [name for name in Resident(family).names if Resident(family).dtype("a", name).is_floating_point]
 

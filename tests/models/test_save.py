@@ -220,7 +220,7 @@ def odd(family: dict[str, Path], tmp_path: Path) -> Path:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.ids"] = torch.arange(3)
     tensors["model.layers.1.mlp.flag"] = torch.tensor(True)
-    tensors["model.layers.2.mlp.none"] = torch.zeros(0, 4)
+    tensors["model.layers.2.mlp.none"] = torch.zeros(0, 4, dtype=torch.bfloat16)
     tensors["model.layers.2.mlp.byte"] = torch.tensor([7, 8, 9], dtype=torch.uint8)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

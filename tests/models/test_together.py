@@ -44,15 +44,13 @@ def test_tensors_are_built_at_the_same_time() -> None:
 def test_no_more_are_there_than_were_allowed() -> None:
     """Of those begun at most three were not handed out yet."""
     begun: list[str] = []
-    taken = 0
 
     def build(name: str) -> Tensor:
         begun.append(name)
         return torch.zeros(1)
 
-    for _ in together(build, NAMES, 3):
+    for taken, _ in enumerate(together(build, NAMES, 3)):
         assert len(begun) - taken <= 3
-        taken += 1
 
 
 def test_operations_have_their_share_of_the_threads(threads: int) -> None:

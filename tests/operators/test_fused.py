@@ -125,7 +125,9 @@ def plain(steps: tuple[Step, ...], given: World) -> tuple[Tensor, dict[tuple[str
     return run(steps, state, reply), answers, keys
 
 
-def through(compiled: Lines, steps: tuple[Step, ...], given: World, out: torch.dtype) -> tuple[Tensor, float | None, Tensor]:
+def through(
+    compiled: Lines, steps: tuple[Step, ...], given: World, out: torch.dtype
+) -> tuple[Tensor, float | None, Tensor]:
     """Return what the compiled line wrote, what it says about it, and what the plain run gives."""
     expected, answers, keys = plain(steps, given)
     built = torch.full((len(given.sources[0]),), 7.0, dtype=out)
@@ -288,6 +290,7 @@ def test_two_threads_give_the_bits_of_one(compiled: Lines) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("EVOMERGE_EVERY_LINE" not in os.environ, reason="takes a minute; set EVOMERGE_EVERY_LINE")
 def test_every_elementwise_method(compiled: Lines) -> None:
     """All named methods whose stages are elementwise: two settings each, one program, with three sources."""
     assert len(ELEMENTWISE) >= 30

@@ -36,7 +36,8 @@ def replaced(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that puts others in place of the functions of stages."""
 
     def replace(**given: Any) -> None:
-        monkeypatch.setattr(lines, "functions", lambda known=dict(functions()): known | given)
+        known = functions() | given
+        monkeypatch.setattr(lines, "functions", lambda: known)
 
     return replace
 
@@ -180,7 +181,8 @@ def test_questions_are_called_by_stage_and_number(replaced: Any) -> None:
     assert called == list(zip(places, ranks_and_sums, strict=True))
 
     called.clear()
-    run(method("base | band | elect(tensor_majority) | mean").bound({"density": 1.0, "gamma": 0.0}, NAMES), state(4, 5), reply)
+    whole = method("base | band | elect(tensor_majority) | mean").bound({"density": 1.0, "gamma": 0.0}, NAMES)
+    run(whole, state(4, 5), reply)
     assert [number for number, _ in called] == [("elect", 0)]
 
 

@@ -30,7 +30,8 @@ def by_sorting(entries: Tensor, count: int) -> float:
 
 def counts(entries: int) -> Sequence[int]:
     """Return the counts that matter: both edges, what lies beyond them, and some between."""
-    return sorted({-3, 0, 1, 2, entries // 3, entries // 2, entries - 2, entries - 1, entries, entries + 1, 2 * entries})
+    third, half = entries // 3, entries // 2
+    return sorted({-3, 0, 1, 2, third, half, entries - 2, entries - 1, entries, entries + 1, 2 * entries})
 
 
 def normal(entries: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
