@@ -1,5 +1,6 @@
 """From a recipe and its sources to a stream of tensors: the only place that merges."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -212,9 +213,9 @@ class Blueprint:
             yield name, self._of(self._first, self._steps[name].of(self._first)).to(self._device, copy=True)
             return
         dtype = self.recipe.dtype
-        for built, tensor in self._merge.build(self._part_of[name]):
-            merged = tensor.to(getattr(torch, dtype))
-            if not bool(torch.isfinite(merged).all()):
+        for built, merged in self._merge.build(self._part_of[name], getattr(torch, dtype)):
+            # A sum takes a fifth of the time of a look at every value, which only one that is not finite calls for.
+            if not math.isfinite(float(merged.sum(dtype=torch.float32))) and not bool(torch.isfinite(merged).all()):
                 wrong = int((~torch.isfinite(merged)).sum())
                 raise CandidateError(f"tensor {built!r}: {wrong} of {merged.numel()} values are not finite in {dtype}")
             yield built, merged

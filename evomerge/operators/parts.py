@@ -126,9 +126,9 @@ class Merge:
         for group in self._groups.values():
             self._gather(group)
 
-    def build(self, part: Part) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and merged tensor (float32) of a part, and of the bias that goes with it."""
-        merged = self._run(part)
+    def build(self, part: Part, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and merged tensor of a part, and of the bias that goes with it; cast to `dtype` at the end."""
+        merged = self._run(part, dtype)
         if part.bias is None:
             yield part.tensor, merged
         else:
@@ -151,8 +151,8 @@ class Merge:
             _, (stage, number), _ = problem.number
             return stages.index(stage), number
 
-        while waiting := [problem for probe in probes.values() if (problem := self._open(probe)) is not None]:
-            first = min(map(order, waiting))
+        while waiting := [order(problem) for probe in probes.values() if (problem := self._open(probe)) is not None]:
+            first = min(waiting)
             for part in parts:
                 for _, found in self._attempts(part):
                     if isinstance(found, Unanswered) and order(found) == first:
@@ -168,17 +168,17 @@ class Merge:
                 self._probed[part.tensor] = found
         return None
 
-    def _run(self, part: Part) -> Tensor:
-        """Return a merged part, float32."""
+    def _run(self, part: Part, dtype: torch.dtype) -> Tensor:
+        """Return a merged part."""
         if part.tensor in self._probed:
-            return self._probed.pop(part.tensor)
+            return self._probed.pop(part.tensor).to(dtype)
         merged: Tensor | None = None
         for piece, found in self._attempts(part):
             if isinstance(found, Unanswered):
                 raise found
             if piece is None:
-                return found
-            merged = found.new_empty(part.entries) if merged is None else merged
+                return found.to(dtype)
+            merged = found.new_empty(part.entries, dtype=dtype) if merged is None else merged
             merged[piece] = found
         if merged is None:
             raise RecipeError(f"tensor {part.tensor!r} has no entries")
@@ -200,7 +200,7 @@ class Merge:
         try:
             yield None, run(steps, self._state(part, found, names), self._reply(part, names, steps))
         except Unanswered as problem:
-            yield None, problem
+            yield None, problem.with_traceback(None)  # whose frames hold tensors
 
     def _by_pieces(
         self, part: Part, found: Method, names: tuple[str, ...], steps: Sequence[Step]
@@ -224,7 +224,7 @@ class Merge:
                     yield piece, run(steps, state, reply)
                 except Unanswered as problem:
                     if problem.ask.scope != "tensor":
-                        yield piece, problem
+                        yield piece, problem.with_traceback(None)
                         continue
                     own.add(problem, labels(problem.ask, names))
                     asked = True

@@ -6,7 +6,7 @@ measured right before and after each candidate. With `--mergekit PYTHON` (an int
 same merges are timed there, in memory and to disk. With `--device cuda` shapes are those of a 7B model, with weights
 that are generated on the device.
 
-    python experiments/benchmarks/materialize.py [--threads 2] [--repeats 7] [--device cuda] [--mergekit PYTHON] [--json]
+    python experiments/benchmarks/materialize.py [--threads 2] [--device cuda] [--mergekit PYTHON] [--json]
 """
 
 import argparse
@@ -36,7 +36,10 @@ SMALL = (1024, 2816, 14, 16, 8, 32000)
 LARGE = (4096, 11008, 32, 32, 32, 32000)
 
 #: What is aimed at: (CPU, GPU).
-AIMS = {"linear": (2.5, 1.5), "task_arithmetic": (2.5, 1.5), "ties": (4.0, 2.0), "dare_ties": (4.0, 2.0), "slerp": (2.5, 1.5)}
+AIMS = {
+    "linear": (2.5, 1.5), "task_arithmetic": (2.5, 1.5), "ties": (4.0, 2.0), "dare_ties": (4.0, 2.0),
+    "slerp": (2.5, 1.5),
+}  # fmt: skip
 
 
 def main() -> int:
@@ -60,17 +63,18 @@ def main() -> int:
           f"{options.threads} threads; lines are {'compiled' if why is None else 'not compiled: ' + why}")  # fmt: skip
     lines = Lines() if why is None else None
     rows = [_measure(name, sources, live, lines, options) for name in AIMS]
-    print(f"{'method':16} {'ms':>8} {'floor ms':>9} {'ratio':>6} {'aim':>5} {'first s':>8} {'tables s':>9} {'tables MB':>10}")
+    heads = ("ms", "floor ms", "ratio", "aim", "first s", "kept s", "kept MB")
+    print(f"{'method':16} " + " ".join(f"{head:>8}" for head in heads))
     for row in rows:
-        print(f"{row['method']:16} {1e3 * row['seconds']:8.1f} {1e3 * row['floor']:9.1f} {row['ratio']:6.2f} "
-              f"{AIMS[row['method']][gpu]:5.1f} {row['first']:8.2f} {row['kept_seconds']:9.2f} "
-              f"{row['kept_bytes'] / 1e6:10.1f}")  # fmt: skip
-    found: dict[str, Any] = {"parameters": count, "device": options.device, "threads": options.threads,
+        found = (1e3 * row["seconds"], 1e3 * row["floor"], row["ratio"], AIMS[row["method"]][gpu], row["first"],
+                 row["kept_seconds"], row["kept_bytes"] / 1e6)  # fmt: skip
+        print(f"{row['method']:16} " + " ".join(f"{number:8.2f}" for number in found))
+    report: dict[str, Any] = {"parameters": count, "device": options.device, "threads": options.threads,
                              "compiled": why is None, "rows": rows}  # fmt: skip
     if options.mergekit is not None:
-        found["mergekit"] = _rival(options, models, shape, {row["method"]: row["seconds"] for row in rows})
+        report["mergekit"] = _rival(options, models, shape, {row["method"]: row["seconds"] for row in rows})
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(report))
     return 0
 
 
