@@ -112,6 +112,7 @@ class Merge:
         """Answer the questions of wide scope."""
         self._known, self._lines = known, lines
         self._probed: dict[str, Tensor] = {}
+        self._bound: dict[tuple[int, tuple[str, ...]], tuple[Step, ...]] = {}
         self._columns: dict[tuple[int, tuple[str, ...], int | None], Sequence[Tensor]] = {}
         self._unions: dict[tuple[str, int | None, str], Magnitudes | None] = {}
         self._all: dict[tuple[str, int | None, str], tuple[str, ...]] = {}
@@ -191,7 +192,7 @@ class Merge:
         if not names:
             yield None, self._base_alone(part)
             return
-        steps = found.bound(part.blend.parameters, names)
+        steps = self._steps(part, names)
         _check_average(steps, part, names)
         self._check_sources(part, found, names)
         if part.entries > PIECE and self._divisible(part, steps):
@@ -247,7 +248,7 @@ class Merge:
         if self._lines is None or not names:
             return False
         found = method(part.blend.method)
-        steps = found.bound(part.blend.parameters, names)
+        steps = self._steps(part, names)
         if not self._divisible(part, steps):
             return False
         _check_average(steps, part, names)
@@ -302,7 +303,7 @@ class Merge:
                 self.wide.add(_group(part))
                 everyone = self._everyone(part, ask.scope)
             found = None
-            if number[0] in _untouched(part, everyone):
+            if number[0] in self._untouched(part, everyone):
                 found = self._known_answer(ask, part, names, everyone, steps)
             if found is not None:
                 return found.to(ask.values.device)
@@ -400,6 +401,22 @@ class Merge:
         weight = self._read(part, source).float()
         return weight if part.bias is None else torch.cat([weight, self._read(part.bias, source).float()[:, None]], 1)
 
+    def _steps(self, part: Part, names: tuple[str, ...]) -> tuple[Step, ...]:
+        """Return the steps of a part's line, with its parameters, where these sources take part."""
+        key = (id(part.blend), names)
+        if key not in self._bound:
+            self._bound[key] = method(part.blend.method).bound(part.blend.parameters, names)
+        return self._bound[key]
+
+    def _untouched(self, part: Part, names: tuple[str, ...]) -> set[str]:
+        """Return the stages that see the contributions as the origin made them, where these sources take part."""
+        found = set()
+        for step in self._steps(part, names):
+            found.add(step.stage.name)
+            if step.stage.kind in ("basis", "edit"):
+                break
+        return found
+
     def _taking(self, part: Part) -> tuple[str, ...]:
         """Return the sources that take part: those of a weight, in the order of the recipe."""
         given = {name for name, weight in part.blend.weights.items() if weight != 0}
@@ -409,16 +426,6 @@ class Merge:
         if not self._has_base:
             raise CandidateError(f"tensor {part.tensor!r}: no source has a weight that counts, and there is no base")
         return self._full(part, None).clone()  # the caller may write to what it gets
-
-
-def _untouched(part: Part, names: Sequence[str]) -> set[str]:
-    """Return the stages that see the contributions as the origin made them, where these sources take part."""
-    found = set()
-    for step in method(part.blend.method).bound(part.blend.parameters, names):
-        found.add(step.stage.name)
-        if step.stage.kind in ("basis", "edit"):
-            break
-    return found
 
 
 def reads_base(found: Method) -> bool:
