@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge import __version__
+from evomerge.card import blended, model_card
 from evomerge.errors import ExportError, LedgerError
 from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.task import SPLITS
@@ -15,7 +16,6 @@ from evomerge.experiment import Experiment
 from evomerge.ledger import Answered, Event
 from evomerge.models import mergekit
 from evomerge.models.checkpoint import Checkpoint
-from evomerge.models.locate import called
 from evomerge.models.materialize import materialize, statistics_for
 from evomerge.models.resident import OnDisk
 from evomerge.models.save import save
@@ -107,7 +107,7 @@ def _write(
     beyond = "" if theirs else mergekit.expressible(recipe, template.names, template.depth)
     files = {
         "recipe.yaml": to_yaml(recipe),
-        "README.md": model_card(experiment, run, recipe, number, beyond),
+        "README.md": _card(experiment, run, recipe, number, beyond),
         **({MERGEKIT: theirs} if theirs else {}),
     }
     depths = depths_of(recipe, (recipe.base or recipe.sources[0]).name)
@@ -194,7 +194,7 @@ def _overview(experiment: Experiment, run: Run, index: Mapping[str, Any]) -> str
     return "\n".join(lines) + "\n"
 
 
-def model_card(experiment: Experiment, run: Run, recipe: Recipe, number: int, beyond: str = "") -> str:
+def _card(experiment: Experiment, run: Run, recipe: Recipe, number: int, beyond: str = "") -> str:
     """Return the README of an exported model: what it is made of, how good it is, how to load it.
 
     Args:
@@ -204,28 +204,17 @@ def model_card(experiment: Experiment, run: Run, recipe: Recipe, number: int, be
         number: the candidate.
         beyond: why mergekit cannot make this model; empty if it can.
     """
-    methods = sorted({_worded(blend.method) for blend in recipe.blends()})
-    names = [source.name for source in recipe.sources]
     split = next((split for split in reversed(SPLITS) if run.scores(number, split)), "search")
     scores = run.scores(number, split)
     rows = [
         f"| {name} | {s.value:.3f} | [{s.interval[0]:.3f}, {s.interval[1]:.3f}] | {s.items} |"
         for name, s in ((name, scores[name]) for name in experiment.tasks if name in scores)
     ]
-    return "\n".join(
+    return model_card(
+        f"{experiment.file.name}, {run.name(number)}",
+        f"A merge {blended(recipe)}; found by evomerge {__version__} in the run `{experiment.file.name}` "
+        f"(seed {experiment.file.seed})",
         [
-            "---",
-            "library_name: transformers",
-            "tags: [merge, evomerge]",
-            "---",
-            "",
-            f"# {experiment.file.name}, {run.name(number)}",
-            "",
-            f"A merge of {', '.join(names)} by {', '.join(methods)}"
-            + (", with task vectors taken from base" if recipe.base else "")
-            + f"; found by evomerge {__version__} in the run `{experiment.file.name}` (seed {experiment.file.seed}). "
-            f"`recipe.yaml` says exactly how it was built; digest `{recipe.digest}`.",
-            "",
             f"mergekit cannot make it: {beyond}." if beyond else f"`{MERGEKIT}` makes the same model with mergekit.",
             "",
             f"## Scores on the {split} split",
@@ -236,31 +225,9 @@ def model_card(experiment: Experiment, run: Run, recipe: Recipe, number: int, be
             "",
             "The model was chosen on other items than those of the test split.",
             "",
-            "## Use",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained(".")  # this folder',
-            'tokenizer = AutoTokenizer.from_pretrained(".")',
-            "```",
-            "",
-            "## Sources",
-            "",
-            "| name | model | fingerprint |",
-            "|---|---|---|",
-            *(
-                f"| {source.name} | {called(Path(source.path))} | `{source.fingerprint}` |"
-                for source in [*recipe.sources, *([recipe.base] if recipe.base else [])]
-            ),
-            "",
-        ]
+        ],
+        recipe,
     )
-
-
-def _worded(method: str) -> str:
-    """Return a method as a sentence names it."""
-    return f"the stages `{method}`" if "|" in method else method
 
 
 def _replace(file: Path, text: str) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evomerge import __version__
+from evomerge.card import blended, model_card
 from evomerge.errors import InvalidInput, RecipeError
 from evomerge.methods import method
 from evomerge.models import mergekit
 from evomerge.models.checkpoint import Checkpoint
-from evomerge.models.locate import called, locate
+from evomerge.models.locate import locate
 from evomerge.models.materialize import Blueprint, Step, plan, statistics_for
 from evomerge.models.resident import OnDisk, Sources
 from evomerge.models.save import save
@@ -180,39 +181,8 @@ def wide(name: str, parameters: dict[str, object]) -> int:
 
 def card(job: OneOff) -> str:
     """Return the README of a merged model: what it is made of and how to load it."""
-    recipe = job.recipe
-    methods = ", ".join(dict.fromkeys(blend.method for blend in recipe.blends()))
-    sources = models_of(recipe)
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "tags: [merge, evomerge]",
-            "---",
-            "",
-            "# A merged model",
-            "",
-            f"Merged by evomerge {__version__} from {', '.join(sources)} by {methods}"
-            + (f", with task vectors taken from {recipe.base.name}" if recipe.base else "")
-            + f". `recipe.yaml` says exactly how; digest `{recipe.digest}`.",
-            "",
-            "## Use",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained(".")  # this folder',
-            'tokenizer = AutoTokenizer.from_pretrained(".")',
-            "```",
-            "",
-            "## Sources",
-            "",
-            "| name | model | fingerprint |",
-            "|---|---|---|",
-            *(f"| {s.name} | {called(Path(s.path))} | `{s.fingerprint}` |" for s in sources.values()),
-            "",
-        ]
-    )
+    made = f"A merge {blended(job.recipe)}; made by evomerge {__version__}"
+    return model_card("A merged model", made, [], job.recipe)
 
 
 def _located(recipe: Recipe, near: Path) -> Recipe:

@@ -117,7 +117,8 @@ def _method(recipe: Recipe, steps: Sequence[Step]) -> tuple[str, dict[str, Value
             break
     else:
         raise _Beyond("no single method of mergekit makes all of its blends")
-    raise _Beyond(f"no method of mergekit does what {blend.method} with {dict(blend.parameters)} does")
+    given = f" with {dict(blend.parameters)}" if blend.parameters else ""
+    raise _Beyond(f"no method of mergekit does what {blend.method}{given} does")
 
 
 def _said(name: str, blend: Blend, everyone: tuple[str, ...], has_base: bool) -> Values | None:
