@@ -5,10 +5,12 @@ contributions as a small tensor (weights, thresholds, scales) for an input; so a
 plain run of the same functions is the oracle of the compiled one. Where torch cannot compile, `unavailable` says why.
 """
 
+import contextlib
 import functools
+import logging
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from evomerge.methods import Step
 from evomerge.operators.line import Answer, run
 from evomerge.operators.state import Opaque, Site, State
 
-#: Options of the compiler: without contraction into multiply-adds the bits are those of the plain run, and one
-#: kernel serves any number of threads.
+#: Options of the compiler: without contraction into multiply-adds the bits are those of the plain run, one kernel
+#: serves any number of threads, and no graph is read from a cache, where graphs are pickles; object code is.
 _OPTIONS = {
+    "fx_graph_cache": False,
+    "fx_graph_remote_cache": False,
     "cpp.enable_floating_point_contract_flag": "off",
     "cpp.enable_unsafe_math_opt_flag": False,
     "cpp.dynamic_threads": True,
@@ -210,6 +214,7 @@ def _examples(
 
 
 def _compiled(body: Callable[..., Any], example: list[Tensor]) -> Callable[..., Any]:
+    from torch._functorch import config
     from torch._inductor import standalone_compile
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -220,7 +225,21 @@ def _compiled(body: Callable[..., Any], example: list[Tensor]) -> Callable[..., 
             raise _Burnt from None
         raise
     unstacked = make_fx(_Unstacked(traced).run, tracing_mode="symbolic")(*example)
-    return standalone_compile(unstacked, [*example], dynamic_shapes="from_graph", options={"config_patches": _OPTIONS})
+    with config.patch(enable_autograd_cache=False), _quietly("torch._inductor.standalone_compile"):
+        return standalone_compile(
+            unstacked, [*example], dynamic_shapes="from_graph", options={"config_patches": _OPTIONS}
+        )
+
+
+@contextlib.contextmanager
+def _quietly(name: str) -> Iterator[None]:
+    """Keep a logger silent: it warns that what was compiled cannot be saved as a pickle, which nobody asked for."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class _Rows(list[Tensor]):

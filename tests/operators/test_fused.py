@@ -333,3 +333,13 @@ def test_without_a_compiler_the_plain_run_remains(tmp_path: Path) -> None:
 
     assert said.startswith("no working C++ compiler (")
     assert written == "False [0.0, 0.0, 0.0, 0.0, 0.0] [0.0, 4.0, 8.0, 12.0, 16.0]"
+
+
+def test_no_graph_is_kept_as_a_pickle(compiled: Lines) -> None:
+    """The compiler's folder has object code, and neither of the two caches whose files would be unpickled."""
+    assert any(function is not None for function in compiled._compiled.values())
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    kept = {path.name for path in folder.iterdir()}
+
+    assert kept
+    assert not kept & {"fxgraph", "aotautograd"}
