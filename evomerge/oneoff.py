@@ -17,9 +17,10 @@ from evomerge.models.locate import locate
 from evomerge.models.materialize import Blueprint, Step, plan, statistics_for
 from evomerge.models.resident import OnDisk, Sources
 from evomerge.models.save import save
+from evomerge.models.statistics import digest_of
 from evomerge.models.together import fitting, together
 from evomerge.models.vocabulary import Aligned
-from evomerge.operators.parts import PIECE
+from evomerge.operators.parts import PIECE, flat
 from evomerge.recipe import Blend, Recipe, Source, depths_of, models_of, read, to_yaml
 
 if TYPE_CHECKING:
@@ -162,11 +163,9 @@ class OneOff:
 
 
 def _in_pieces(blend: Blend) -> bool:
-    """Tell whether a blend is run on flat pieces of its tensors; what takes statistics is not."""
-    steps = method(blend.method).bound(blend.parameters, [name for name, weight in blend.weights.items() if weight])
-    return all(
-        step.stage.elementwise and not step.stage.statistics and "row" not in step.values.values() for step in steps
-    )
+    """Tell whether a blend is run on flat pieces of its tensors."""
+    taking = [name for name, weight in blend.weights.items() if weight]
+    return flat(method(blend.method).bound(blend.parameters, taking))
 
 
 def wide(name: str, parameters: dict[str, object]) -> int:
@@ -186,10 +185,11 @@ def card(job: OneOff) -> str:
 
 
 def _located(recipe: Recipe, near: Path) -> Recipe:
-    """Return a recipe with absolute paths and the fingerprints of its models.
+    """Return a recipe with absolute paths and the fingerprints of its models and texts.
 
     Raises:
-        RecipeError: if a model is not the one whose fingerprint the recipe gives.
+        RecipeError: if a model or the texts are not those whose fingerprint the recipe gives.
+        InvalidInput: if one cannot be read.
     """
 
     def found(source: Source) -> Source:
@@ -197,16 +197,15 @@ def _located(recipe: Recipe, near: Path) -> Recipe:
             return dataclasses.replace(source, recipe=_located(source.recipe, near))
         folder = locate(source.path, near)
         fingerprint = Checkpoint(folder).fingerprint
-        if source.fingerprint not in ("", fingerprint):
-            raise RecipeError(
-                f"model {source.name!r} in {source.path} is not the one that the recipe was made with: "
-                f"its fingerprint is {fingerprint}, not {source.fingerprint}"
-            )
+        source.check(fingerprint, "model")
         return dataclasses.replace(source, path=str(folder), fingerprint=fingerprint)
 
     texts = recipe.calibration
-    if texts is not None and texts.path:
-        texts = dataclasses.replace(texts, path=str((near / Path(texts.path).expanduser()).resolve()))
+    if texts is not None:
+        file = (near / Path(texts.path).expanduser()).resolve()
+        fingerprint = digest_of(file)
+        texts.check(fingerprint, "calibration")
+        texts = dataclasses.replace(texts, path=str(file), fingerprint=fingerprint)
     return dataclasses.replace(
         recipe,
         sources=tuple(found(source) for source in recipe.sources),

@@ -9,7 +9,7 @@ import yaml
 
 from evomerge.errors import RecipeError, nearest
 from evomerge.methods import Given, canonical, draws
-from evomerge.value import Plain, digest, parse, plain, value
+from evomerge.value import Plain, digest, parse, plain, read_yaml, value
 
 #: A parameter of a method: one for all sources, or one per source name.
 Parameter = Given
@@ -41,6 +41,22 @@ class Source:
     def __post_init__(self) -> None:
         if bool(self.path) == (self.recipe is not None):
             raise RecipeError(f"source {self.name!r} must have either a path or a recipe")
+
+    def check(self, fingerprint: str, what: str) -> None:
+        """Refuse files that are not those which the recipe was made with.
+
+        Args:
+            fingerprint: of the files in `path`.
+            what: what they are, for the error.
+
+        Raises:
+            RecipeError: with both fingerprints, where the recipe gives another one.
+        """
+        if self.fingerprint not in ("", fingerprint):
+            raise RecipeError(
+                f"{what} {self.name!r} in {self.path} is not the one that the recipe was made with: "
+                f"its fingerprint is {fingerprint}, not {self.fingerprint}"
+            )
 
 
 @value
@@ -129,6 +145,8 @@ class Recipe:
             raise RecipeError(f"recipe tokenizer {self.tokenizer!r} is no source; {nearest(self.tokenizer, names)}")
         if not self.routes:
             raise RecipeError("recipe has no route; give at least one, with a blend")
+        if self.calibration is not None and not self.calibration.path:
+            raise RecipeError("recipe calibration must be a file of texts; give its path")
         for k, given in enumerate(self.layers):
             if isinstance(given, Mapping) and set(given) != set(names):
                 way = f"give one layer for all, or each of {names} its own"
@@ -248,10 +266,4 @@ def read(path: Path) -> Recipe:
     Raises:
         RecipeError: if the file is missing, not YAML, or not a recipe.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise RecipeError(f"{path}: cannot be read ({problem.strerror}); give the path of a recipe.yaml") from None
-    except (yaml.YAMLError, ValueError) as problem:  # ValueError: not UTF-8, or a date like 2020-13-01
-        raise RecipeError(f"{path}: not YAML ({' '.join(str(problem).split())})") from None
-    return from_plain(data, str(path))
+    return from_plain(read_yaml(path, "a recipe.yaml", RecipeError), str(path))

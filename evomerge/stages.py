@@ -11,10 +11,6 @@ from evomerge.methods import Method, Parameter, Stage, parse_line
 
 P = Parameter
 
-#: What a threshold, a norm or a sum is taken over.
-SCOPES = ("row", "tensor", "layer", "model")
-
-
 def _share(default: float, per_source: bool = False) -> Parameter:
     return P(default=default, low=0.0, high=1.0, per_source=per_source)
 

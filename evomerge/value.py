@@ -7,7 +7,10 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
+
+import yaml
 
 from evomerge.errors import InvalidInput, nearest
 
@@ -58,6 +61,25 @@ def encoded(text: str) -> bytes:
     is written as JSON escapes it, like ``\udc80``.
     """
     return text.encode(errors="backslashreplace")
+
+
+def read_yaml(path: Path, kind: str, error: type[InvalidInput]) -> Plain:
+    """Read what a YAML file holds.
+
+    Args:
+        path: the file.
+        kind: what it should be, for the way out.
+        error: the class of the error to raise.
+
+    Raises:
+        InvalidInput: (of the class `error`) if it cannot be read, or is not YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror}); give the path of {kind}") from None
+    except (yaml.YAMLError, ValueError) as problem:  # ValueError: not UTF-8, or a date like 2020-13-01
+        raise error(f"{path}: not YAML ({' '.join(str(problem).split())})") from None
 
 
 def parse(

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from evomerge.cli import app
+from evomerge.models.statistics import digest_of
 from evomerge.oneoff import OneOff
-from evomerge.recipe import read
+from evomerge.recipe import Source, read
 from tests.models.folders import make_llama
 
 PACK = Path(os.environ.get("EVOMERGE_ORACLES") or Path(__file__).parent / "data" / "oracles").resolve()
@@ -36,6 +37,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("merge")
     for seed, name in enumerate(("base", "math", "code")):
         make_llama(root / name, seed)
+    (root / "texts.txt").write_text("some text\n")
     return root
 
 
@@ -250,6 +252,50 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(change: tuple[s
     assert "wrong.yaml" in printed
     assert printed.count("\n") == 1
     assert not (zoo / "wrong").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("ties, weights: {math: 1.0, code: 0.7}, parameters: {density: 0.3}", "regmean, weights: {math: 1.0}"),
+         "regmean takes statistics (gram); name a file of texts as `calibration"),
+        (("dtype", "calibration: {name: texts, path: nowhere.txt}\ndtype"), "nowhere.txt: texts cannot be read"),
+        (("dtype", "calibration: {name: texts, path: ../texts.txt, fingerprint: abc}\ndtype"),
+         "calibration 'texts' in ../texts.txt is not the one that the recipe was made with"),
+        (("{name: math, path: ../math}", "{name: math, recipe: {sources: [{name: m, path: ../math}], dtype: float32, "
+          "routes: [{blend: {method: fisher, weights: {m: 1.0}}}]}}"),
+         "source 'math': recipe.routes[0].blend.method: fisher takes statistics (fisher)"),
+    ],
+)  # fmt: skip
+def test_statistics_are_of_known_texts(change: tuple[str, str], says: str, zoo: Path) -> None:
+    """Without texts, without their file, or with others nothing is merged; `check` says so in the same line."""
+    path = recipe(zoo, SHORT.replace(*change), "wrong.yaml")
+    printed = run("merge", path, "--to", zoo / "wrong", code=2)
+
+    assert says in printed
+    assert "wrong.yaml" in printed
+    assert printed.count("\n") == 1
+    assert run("check", path, code=2) == printed
+    assert not (zoo / "wrong").exists()
+
+
+def test_a_recipe_keeps_its_texts(zoo: Path) -> None:
+    """The written recipe has the fingerprint of the texts, at the outer and the inner level; then no others will do."""
+    texts = zoo / "own.txt"
+    texts.write_text("one\n")
+    inner = "{sources: [{name: math, path: ../math}], calibration: {name: same, path: ../own.txt}, dtype: float32, " \
+            "routes: [{blend: {method: linear, weights: {math: 1.0}}}]}"  # fmt: skip
+    text = SHORT.replace("path: ../math", f"recipe: {inner}").replace("{name: math, recipe", "{name: inner, recipe")
+    text = text.replace("math: 1.0, code", "inner: 1.0, code") + "calibration: {name: texts, path: ../own.txt}"
+    run("merge", recipe(zoo, text), "--to", zoo / "texted")
+    written = read(zoo / "texted" / "recipe.yaml")
+    inside = written.sources[0].recipe
+
+    assert written.calibration == Source(name="texts", path=str(texts), fingerprint=digest_of(texts))
+    assert inside is not None
+    assert inside.calibration == Source(name="same", path=str(texts), fingerprint=digest_of(texts))
+    texts.write_text("two\n")
+    assert "is not the one that the recipe was made with" in run("check", zoo / "texted" / "recipe.yaml", code=2)
 
 
 def test_a_folder_that_exists_is_kept(zoo: Path) -> None:

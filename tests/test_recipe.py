@@ -393,6 +393,10 @@ FIRST = plain(RECIPE.routes[1])
         ({"layers": [{"a": 0, "b": 1}]}, r"recipe layer 0: give one layer for all, or each of \['a', 'b', 'd', "),
         ({"layers": [0, "1"]}, r".*layers\[1\]: expected a mapping, got str '1'"),
         ({"tokenizer": "bse"}, r"recipe tokenizer 'bse' is no source; did you mean 'base'\?"),
+        (
+            {"calibration": {"name": "texts", "recipe": plain(INNER)}},
+            "recipe calibration must be a file of texts; give its path",
+        ),
     ],
 )
 def test_wrong_recipes_are_refused_with_their_place(change, message):

@@ -1,5 +1,6 @@
 """From a recipe and its sources to a stream of tensors: the only place that merges."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evomerge.errors import CandidateError, RecipeError
-from evomerge.methods import canonical, check, draws
+from evomerge.errors import CandidateError, ModelError, RecipeError
+from evomerge.methods import canonical, check, draws, method
 from evomerge.models.architecture import Place, place, renamed
 from evomerge.models.resident import Sources
 from evomerge.operators.fused import Lines
@@ -47,13 +48,19 @@ def plan(recipe: Recipe, names: Sequence[str], depth: int) -> list[Step]:
         depth: the number of layers of every source.
 
     Raises:
-        RecipeError: if a blend is wrong, takes statistics without texts for them, a tensor fits no route, or a layer
-            takes from one that no source has.
+        RecipeError: if a blend is wrong or takes statistics without texts for them, a tensor fits no route, a layer
+            takes from one that no source has, or the recipe of a source does not fit.
         ModelError: if a tensor's name has no place in the architecture.
     """
     places = {name: place(name, depth) for name in sorted(names)}
-    for i, blend in enumerate(recipe.blends()):
-        check(blend.method, blend.weights, blend.parameters, f"recipe.routes[{i}].blend", recipe.base is not None)
+    _check_blends(recipe)
+    for source, inner in _inner_recipes(recipe).items():
+        try:
+            built = {step.name for step in plan(inner, names, depth)}
+        except RecipeError as problem:
+            raise RecipeError(f"source {source!r}: {problem}") from None
+        if built != set(names):
+            raise RecipeError(f"source {source!r}: its recipe has another number of layers than the other sources")
     layers = recipe.layers or tuple(range(depth))
     middle = [step for k, given in enumerate(layers) for step in _layer(recipe, places, k, given, depth)]
     first, last = (
@@ -65,6 +72,48 @@ def plan(recipe: Recipe, names: Sequence[str], depth: int) -> list[Step]:
         for end in ("embedding", "head")
     )
     return [*first, *middle, *last]
+
+
+def _check_blends(recipe: Recipe) -> None:
+    """Refuse a blend that no tensor could be merged by, and one that takes statistics without texts for them."""
+    for i, blend in enumerate(recipe.blends()):
+        where = f"recipe.routes[{i}].blend"
+        check(blend.method, blend.weights, blend.parameters, where, recipe.base is not None)
+        kinds = method(blend.method).statistics
+        if kinds and recipe.calibration is None:
+            raise RecipeError(
+                f"{where}.method: {blend.method} takes statistics ({', '.join(kinds)}); name a file of texts as "
+                "`calibration: {name: texts, path: …}`"
+            )
+
+
+def _inner_recipes(recipe: Recipe) -> dict[str, Recipe]:
+    """Return the recipes among sources and base by name; one without texts of its own takes those of the outer one.
+
+    Raises:
+        RecipeError: if one names other texts.
+    """
+    found = {}
+    outer = recipe.calibration
+    for source in _named(recipe):
+        if source.recipe is None:
+            continue
+        own = source.recipe.calibration
+        if own is not None and (outer is None or not _same(own, outer)):
+            given = "none" if outer is None else outer.path
+            raise RecipeError(
+                f"source {source.name!r}: its recipe takes statistics from {own.path}, the outer one from {given}; "
+                "give both the same `calibration`"
+            )
+        found[source.name] = dataclasses.replace(source.recipe, calibration=outer)
+    return found
+
+
+def _same(one: Source, other: Source) -> bool:
+    """Tell whether two files have the same content, by what is known of them."""
+    if one.fingerprint and other.fingerprint:
+        return one.fingerprint == other.fingerprint
+    return one.path == other.path
 
 
 def _layer(
@@ -124,6 +173,10 @@ def statistics_for(
         device: where they are computed.
         trust_remote_code: whether code in the models' folders may run.
         say: takes one line per computation.
+
+    Raises:
+        RecipeError: if the texts are not those that the recipe was made with.
+        InvalidInput: if they cannot be read.
     """
     if recipe.calibration is None:
         return no_statistics
@@ -137,6 +190,7 @@ def statistics_for(
         say=say,
         trust_remote_code=trust_remote_code,
     )
+    recipe.calibration.check(found.provenance, "calibration")
     return lambda kind, source, tensor: found.tensor(str(source), kind, tensor)
 
 
@@ -162,26 +216,21 @@ class Blueprint:
         lines: Lines | None = None,
     ) -> None:
         """Plan the model and answer the questions of its methods about the whole of it."""
-        named = {source.name: source for source in _named(recipe)}
+        named = _named(recipe)
         if not named:
             raise RecipeError("recipe has neither sources nor a base; name at least one source")
         self.recipe = recipe
         self._sources, self._device, self._statistic = sources, device, statistic
-        self._first = next(iter(named))
+        self._first = named[0].name
         self._base = None if recipe.base is None else recipe.base.name
-        self._inner = {
-            name: Blueprint(source.recipe, sources, device, statistic)
-            for name, source in named.items()
-            if source.recipe is not None
-        }
         self._steps = {step.name: step for step in plan(recipe, sources.names, sources.depth)}
-        for name, inner in self._inner.items():
-            if set(inner._steps) != set(sources.names):
-                raise RecipeError(f"source {name!r}: its recipe has another number of layers than the other sources")
+        self._inner = {
+            name: Blueprint(inner, sources, device, statistic) for name, inner in _inner_recipes(recipe).items()
+        }
         kinds = {name: sources.dtype(self._leaf(), step.of(self._first)) for name, step in self._steps.items()}
         floating = [step for step in self._steps.values() if kinds[step.name].is_floating_point]
         self._merge = Merge(
-            [Part(tensor=s.name, blend=s.blend, layer=s.layer, entries=self._entries(s)) for s in floating],
+            [Part(tensor=s.name, blend=s.blend, shape=self._shape(s), layer=s.layer) for s in floating],
             self._read,
             [source.name for source in recipe.sources],
             has_base=self._base is not None,
@@ -266,6 +315,12 @@ class Blueprint:
             yield name, partial(self._write, name) if before is None or before.get(name) != key else _leave
 
     def _write(self, name: str, out: Tensor) -> None:
+        shape = self._shape(self._steps[name])
+        if tuple(out.shape) != shape:
+            raise ModelError(
+                f"tensor {name!r} has shape {list(shape)}, the live model's has {list(out.shape)}; "
+                "the base's config.json must fit the sources"
+            )
         part = self._part_of.get(name)
         if part is None or out.dtype != getattr(torch, self.recipe.dtype) or not self._merge.write(part, out):
             out.copy_(self.tensor(name))
@@ -288,8 +343,8 @@ class Blueprint:
         """Return a model that lies in a folder, whose tensors have the shapes and kinds of all."""
         return self._inner[self._first]._leaf() if self._first in self._inner else self._first
 
-    def _entries(self, step: Step) -> int:
-        return torch.Size(self._sources.shape(self._leaf(), step.of(self._first))).numel()
+    def _shape(self, step: Step) -> tuple[int, ...]:
+        return self._sources.shape(self._leaf(), step.of(self._first))
 
 
 def _leave(out: Tensor) -> None:

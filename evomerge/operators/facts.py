@@ -1,7 +1,7 @@
 """Answers to what stages ask: at once about one tensor, in passes over many about a layer or a model."""
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from itertools import product
 from typing import Any
 
@@ -217,6 +217,3 @@ class Facts:
 def labels(ask: Ask, names: tuple[str, ...]) -> tuple[Hashable, ...]:
     """Return what the rows of a question are called: the sources, where there is one row for each."""
     return names if len(ask.values) == len(names) and not ask.common else tuple(range(len(ask.values)))
-
-
-Answers = Mapping[Hashable, Tensor]

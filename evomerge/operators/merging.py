@@ -44,7 +44,8 @@ def merge_tensor(
     def read(part: Part, source: str | None) -> Tensor:
         return base if source is None else sources[source]  # type: ignore[return-value]  # asked for only where there is one
 
-    part = Part(tensor=tensor, blend=blend)
+    tensors = list(sources.values()) if base is None else [base, *sources.values()]
+    part = Part(tensor=tensor, blend=blend, shape=tuple(tensors[0].shape) if tensors else ())
     merge = Merge([part], read, list(sources), has_base=base is not None, seed=seed, statistic=statistic)
     return next(merge.build(part))[1]
 
@@ -95,7 +96,7 @@ def merge(
                 check(method, own, per_source, "merge", base is not None)
             found = _LAYER.search(name)
             parts.append(
-                Part(tensor=name, blend=blend, layer=int(found[1]) if found else None, entries=first.numel())
+                Part(tensor=name, blend=blend, shape=tuple(first.shape), layer=int(found[1]) if found else None)
             )
     depth = 1 + max((part.layer for part in parts if part.layer is not None), default=0)
 

@@ -22,6 +22,7 @@ from evomerge.operators.line import Answer, run
 from evomerge.operators.state import Ask, Site, State
 from evomerge.operators.tables import Magnitudes
 from evomerge.recipe import Blend
+from evomerge.value import canonical
 
 #: The basis that takes a bias as one more column of its weight.
 _JOINING = "knots"
@@ -34,16 +35,21 @@ PIECE = 1 << 18
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """One tensor to build: its name, how to blend it, where it stands, how many entries it has.
+    """One tensor to build: its name, how to blend it, its shape, and the layer that it stands in.
 
     `bias` is the part of a bias that is merged as one more column of this one.
     """
 
     tensor: str
     blend: Blend
+    shape: tuple[int, ...]
     layer: int | None = None
-    entries: int = 0
     bias: "Part | None" = None
+
+    @property
+    def entries(self) -> int:
+        """How many entries it has, without those of the bias."""
+        return math.prod(self.shape)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -81,8 +87,8 @@ def no_statistics(kind: str, source: str | None, tensor: str) -> Tensor | None:
 class Merge:
     """The merge of one model: its parts, and the facts about groups of them that their lines ask for.
 
-    A question of scope "model" is about all parts of the same method and parameters, whatever their weights;
-    one of scope "layer" about those of them in the same layer (or at the ends).
+    A question of scope "model" is about all parts of the same line and parameters, however written and whatever their
+    weights; one of scope "layer" about those of them in the same layer (or at the ends).
 
     Args:
         parts: what to build.
@@ -116,14 +122,15 @@ class Merge:
         self._columns: dict[tuple[int, tuple[str, ...], int | None], Sequence[Tensor]] = {}
         self._unions: dict[tuple[str, int | None, str], Magnitudes | None] = {}
         self._all: dict[tuple[str, int | None, str], tuple[str, ...]] = {}
+        self._names_of_groups: dict[int, str] = {}
         self.wide: set[str] = set()
-        self.parts = _joined(parts, lambda part: read(part, names[0]).shape)
+        self.parts = _joined(parts)
         self._read, self._names, self._has_base = read, tuple(names), has_base
         self._depth, self._seed, self._statistic = depth, seed, statistic
         self._facts = Facts()
         self._groups: dict[str, list[Part]] = {}
         for part in self.parts:
-            self._groups.setdefault(_group(part), []).append(part)
+            self._groups.setdefault(self._group(part), []).append(part)
         for group in self._groups.values():
             self._gather(group)
 
@@ -183,7 +190,7 @@ class Merge:
             merged[piece] = found
         if merged is None:
             raise RecipeError(f"tensor {part.tensor!r} has no entries")
-        return merged.view(self._read(part, self._taking(part)[0]).shape)
+        return merged.view(part.shape)
 
     def _attempts(self, part: Part) -> Iterator[tuple[slice | None, Tensor | Unanswered]]:
         """Run a part, piece by piece where its line allows; yield what is merged, or a question about other parts."""
@@ -233,7 +240,7 @@ class Merge:
 
     def is_wide(self, part: Part) -> bool:
         """Tell whether a part depends on others than itself."""
-        return _group(part) in self.wide
+        return self._group(part) in self.wide
 
     def write(self, part: Part, out: Tensor) -> bool:
         """Merge a part in one compiled pass into a tensor of any floating dtype.
@@ -300,7 +307,7 @@ class Merge:
         def reply(number: tuple[str, int], ask: Ask) -> Tensor:
             everyone = names
             if ask.scope in ("layer", "model"):
-                self.wide.add(_group(part))
+                self.wide.add(self._group(part))
                 everyone = self._everyone(part, ask.scope)
             found = None
             if number[0] in self._untouched(part, everyone):
@@ -309,7 +316,7 @@ class Merge:
                 return found.to(ask.values.device)
             if ask.scope in ("row", "tensor"):
                 return answer(ask) if own is None else own.answer(ask, ("", number, None), labels(ask, names))
-            key = (_group(part), number, part.layer if ask.scope == "layer" else None)
+            key = (self._group(part), number, part.layer if ask.scope == "layer" else None)
             return self._facts.answer(ask, key, labels(ask, names))
 
         return reply
@@ -347,16 +354,16 @@ class Merge:
         if scope == "tensor":
             return self._known.magnitudes([part], source)
         layer = part.layer if scope == "layer" else None
-        key = (_group(part), layer, source)
+        key = (self._group(part), layer, source)
         if key not in self._unions:
-            parts = [each for each in self._groups[_group(part)] if scope == "model" or each.layer == layer]
+            parts = [each for each in self._groups[self._group(part)] if scope == "model" or each.layer == layer]
             taking = [each for each in parts if source in self._taking(each)]
             self._unions[key] = self._known.magnitudes(taking, source)
         return self._unions[key]
 
     def _everyone(self, part: Part, scope: str) -> tuple[str, ...]:
         """Return the sources that take part in any of the parts that a question of wide scope is about."""
-        key = (_group(part), part.layer if scope == "layer" else None, scope)
+        key = (self._group(part), part.layer if scope == "layer" else None, scope)
         if key not in self._all:
             parts = [each for each in self._groups[key[0]] if scope == "model" or each.layer == part.layer]
             taking = {name for each in parts for name in self._taking(each)}
@@ -366,11 +373,7 @@ class Merge:
     def _divisible(self, part: Part, steps: Sequence[Step]) -> bool:
         """Tell whether a line may be run on pieces of a flat tensor."""
         recorded = (self._statistic(kind, name, part.tensor) for kind in DRAWS for name in self._names[:1])
-        if part.bias is not None or any(draws is not None for draws in recorded):
-            return False
-        return all(
-            step.stage.elementwise and not step.stage.statistics and "row" not in step.values.values() for step in steps
-        )
+        return part.bias is None and all(draws is None for draws in recorded) and flat(steps)
 
     def _check_sources(self, part: Part, found: Method, names: tuple[str, ...]) -> None:
         missing = next((name for name in names if name not in self._names), None)
@@ -408,6 +411,14 @@ class Merge:
             self._bound[key] = method(part.blend.method).bound(part.blend.parameters, names)
         return self._bound[key]
 
+    def _group(self, part: Part) -> str:
+        """Return what the parts have in common that a question of scope "model" is about: what is run on them."""
+        key = id(part.blend)
+        if key not in self._names_of_groups:
+            steps = method(part.blend.method).bound(part.blend.parameters, self._names)
+            self._names_of_groups[key] = canonical([[step.stage.name, step.values] for step in steps])
+        return self._names_of_groups[key]
+
     def _untouched(self, part: Part, names: tuple[str, ...]) -> set[str]:
         """Return the stages that see the contributions as the origin made them, where these sources take part."""
         found = set()
@@ -428,12 +439,19 @@ class Merge:
         return self._full(part, None).clone()  # the caller may write to what it gets
 
 
+def flat(steps: Sequence[Step]) -> bool:
+    """Tell whether a line may be run on flat pieces of a tensor; one that takes statistics or looks at rows may not."""
+    return all(
+        step.stage.elementwise and not step.stage.statistics and "row" not in step.values.values() for step in steps
+    )
+
+
 def reads_base(found: Method) -> bool:
     """Tell whether a method reads the base's tensors where there is a base."""
     return found.steps[0].stage.name in ("base", "base_if_any")
 
 
-def _joined(parts: Sequence[Part], shape: Callable[[Part], torch.Size]) -> tuple[Part, ...]:
+def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
     """Return the parts with each bias inside its weight's part, where the method takes them together.
 
     A bias goes with a matrix of as many rows; others (of convolutions, of matrices stored in x out) stand alone.
@@ -442,7 +460,7 @@ def _joined(parts: Sequence[Part], shape: Callable[[Part], torch.Size]) -> tuple
     found = {part.tensor: part for part in parts}
     for part in parts:
         weight = weights.get(part.tensor.removesuffix("bias") + "weight")
-        if weight and weight.blend == part.blend and [*shape(weight)[:-1]] == [part.entries]:
+        if weight and weight.blend == part.blend and weight.shape[:-1] == part.shape:
             found[weight.tensor] = dataclasses.replace(weight, bias=part)
             del found[part.tensor]
     return tuple(found.values())
@@ -460,9 +478,3 @@ def _check_average(steps: Sequence[Step], part: Part, names: Sequence[str]) -> N
     if plain and normalized and abs(math.fsum(weights)) < TINY * math.fsum(abs(w) for w in weights):
         shown = ", ".join(f"{name} {weight:g}" for name, weight in zip(names, weights, strict=True))
         raise CandidateError(f"tensor {part.tensor!r}: weights cancel and have no average ({shown})")
-
-
-def _group(part: Part) -> str:
-    return f"{part.blend.method} {sorted(part.blend.parameters.items(), key=str)}"
-
-

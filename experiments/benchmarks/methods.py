@@ -12,7 +12,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ from evomerge.errors import EvomergeError
 from evomerge.evaluation.engine import Engine
 from evomerge.experiment import Experiment, load
 from evomerge.models.checkpoint import Checkpoint
-from evomerge.models.materialize import materialize
+from evomerge.models.materialize import materialize, statistics_for
 from evomerge.models.resident import Resident
 from evomerge.models.save import save
-from evomerge.models.statistics import Statistics
 from evomerge.operators import METHODS
 from evomerge.recipe import Blend, Recipe, Route, Source
 
@@ -49,7 +49,7 @@ def main() -> int:
     rows = []
     print(f"{'method':16} {'seconds':>8} " + " ".join(f"{task:>10}" for task in tasks))
     with tempfile.TemporaryDirectory() as folder:
-        for name, recipe in _recipes(experiment):
+        for name, recipe in _recipes(experiment, _texts(experiment, Path(folder))):
             if options.only and name not in options.only:
                 continue
             rows.append(_measure(name, recipe, experiment, Path(folder)))
@@ -61,13 +61,14 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _recipes(experiment: Experiment) -> Iterator[tuple[str, Recipe]]:
+def _recipes(experiment: Experiment, texts: Source) -> Iterator[tuple[str, Recipe]]:
     sources, base = experiment.space.sources, experiment.space.base
     depth = experiment.space.depth
     for name in METHODS:
         taken = sources[: FEWER.get(name, len(sources))]
         blend = Blend(method=name, weights={source.name: 1.0 for source in taken})
-        yield name, _recipe(taken, base if name not in BASELESS else None, [Route(blend=blend)], depth, experiment)
+        recipe = _recipe(taken, base if name not in BASELESS else None, [Route(blend=blend)], depth, experiment)
+        yield name, replace(recipe, calibration=texts)
     one, two = ({"method": "linear", "weights": {source.name: 1.0}} for source in sources[:2])
     outer = [Route(blend=Blend(**one), layers=layers) for layers in ((0, 1), (depth - 1, depth))]
     inner = Route(blend=Blend(**two), layers=(1, depth - 1))
@@ -86,12 +87,12 @@ def _recipe(
 def _measure(name: str, recipe: Recipe, experiment: Experiment, folder: Path) -> dict[str, Any]:
     """Build, write, reload and ask one model."""
     sources = _sources(experiment)
-    statistics = _statistics(experiment, folder)
+    statistic = statistics_for(recipe, experiment.folders, folder / "statistics")
     template = Checkpoint(experiment.folders[recipe.sources[0].name])
     start = time.perf_counter()
     row: dict[str, Any] = {"method": name, "seconds": None, "scores": {}, "error": None}
     try:
-        stream = list(materialize(recipe, sources, statistic=_lookup(statistics)))
+        stream = list(materialize(recipe, sources, statistic=statistic))
         row["seconds"] = time.perf_counter() - start
         save(stream, template, folder / name, dtype=recipe.dtype)
         engine = Engine(folder / name, recipe.dtype, "cpu", 128, pretrained=True)
@@ -103,10 +104,6 @@ def _measure(name: str, recipe: Recipe, experiment: Experiment, folder: Path) ->
     return row
 
 
-def _lookup(statistics: Statistics) -> Callable[[str, str | None, str], torch.Tensor | None]:
-    return lambda kind, source, tensor: statistics.tensor(str(source), kind, tensor)
-
-
 _cache: dict[str, Any] = {}
 
 
@@ -114,14 +111,12 @@ def _sources(experiment: Experiment) -> Resident:
     return _cache.setdefault("sources", Resident(experiment.folders))
 
 
-def _statistics(experiment: Experiment, folder: Path) -> Statistics:
-    """Return statistics over the texts of some search items."""
-    if "statistics" not in _cache:
-        texts = folder / "texts.txt"
-        lines = [_text(item) for task in experiment.tasks.values() for item in task.items("search")[:20]]
-        texts.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        _cache["statistics"] = Statistics(experiment.folders, texts, folder / "statistics")
-    return _cache["statistics"]
+def _texts(experiment: Experiment, folder: Path) -> Source:
+    """Write the texts of some search items, which statistics are computed from."""
+    texts = folder / "texts.txt"
+    lines = [_text(item) for task in experiment.tasks.values() for item in task.items("search")[:20]]
+    texts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return Source(name="texts", path=str(texts))
 
 
 def _text(item: Any) -> str:

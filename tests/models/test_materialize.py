@@ -9,12 +9,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evomerge.errors import CandidateError, ModelError, RecipeError
+from evomerge.errors import CandidateError, InvalidInput, ModelError, RecipeError
 from evomerge.models.architecture import place
-from evomerge.models.materialize import Blueprint, materialize, plan
+from evomerge.models.materialize import Blueprint, materialize, plan, statistics_for
 from evomerge.models.resident import InMemory, Kept, OnDisk, Resident, Sources
+from evomerge.models.statistics import digest_of
 from evomerge.operators import METHODS, merge_tensor
+from evomerge.operators.parts import Statistic
 from evomerge.recipe import Blend, Parameter, Recipe, Route, Source, copy_of
+
+TEXTS, OTHERS = Source(name="texts", path="texts.txt"), Source(name="texts", path="others.txt")
 
 
 def blend(method: str = "task_arithmetic", a: float = 0.5, b: float = 0.25, **parameters: Parameter) -> Blend:
@@ -190,9 +194,49 @@ def test_what_does_not_fit_is_refused_at_the_call(family: dict[str, Path]) -> No
         (replace(uniform(blend()), layers=(-1,)), "recipe layer 0 takes from layer -1, but the sources have 3 layers"),
         (Recipe(sources=(), routes=(Route(blend=Blend(method="linear", weights={})),), dtype="float32"), "has neither"),
         (nested(inner=replace(uniform(blend()), layers=(0, 1))), "source 'inner': its recipe has another number of"),
+        (uniform(blend("regmean")), r"routes\[0\]\.blend\.method: regmean takes statistics \(gram\); name a file of"),
+        (nested(inner=uniform(blend("fisher"))), r"source 'inner': recipe\.routes\[0\]\.blend\.method: fisher takes"),
+        (nested(inner=replace(uniform(blend()), calibration=TEXTS)), "from texts.txt, the outer one from none; give"),
+        (
+            replace(nested(inner=replace(uniform(blend()), calibration=TEXTS)), calibration=OTHERS),
+            "source 'inner': its recipe takes statistics from texts.txt, the outer one from others.txt; give both the",
+        ),
     ):
         with pytest.raises(RecipeError, match=says):
             materialize(recipe, resident)
+
+
+@pytest.mark.parametrize("own", [None, TEXTS, replace(TEXTS, name="same", fingerprint="1")])
+def test_statistics_of_an_inner_recipe_are_of_the_outer_texts(own: Source | None) -> None:
+    """RegMean of diagonal Gram matrices is a mean weighted by them: with no texts of its own, or with the same."""
+    models = {"a": {"h.0.mlp.w": torch.tensor([[1.0, 2.0]])}, "b": {"h.0.mlp.w": torch.tensor([[3.0, 6.0]])}}
+    grams = {"a": torch.diag(torch.tensor([1.0, 3.0])), "b": torch.diag(torch.tensor([3.0, 1.0]))}
+    regmean = replace(uniform(blend("regmean", a=1.0, b=1.0), (), "float32", base=False), calibration=own)
+    outer = Recipe(
+        sources=(Source(name="inner", recipe=regmean), Source(name="a", path="a")),
+        routes=(Route(blend=Blend(method="linear", weights={"inner": 1.0, "a": 1.0})),),
+        dtype="float32",
+        calibration=TEXTS,
+    )
+    found = dict(materialize(outer, Fake(models, 1), statistic=lambda kind, source, tensor: grams[str(source)]))
+
+    torch.testing.assert_close(found["h.0.mlp.w"], torch.tensor([[(2.5 + 1) / 2, (3.0 + 2) / 2]]))
+
+
+def test_statistics_are_of_the_texts_that_the_recipe_was_made_with(tmp_path: Path) -> None:
+    """Texts of another fingerprint are refused, before any statistic; the right ones and unknown ones are not."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("some text\n")
+
+    def lookup(fingerprint: str) -> Statistic:
+        given = Source(name="texts", path=str(texts), fingerprint=fingerprint)
+        return statistics_for(replace(uniform(blend("regmean")), calibration=given), {}, tmp_path / "cache")
+
+    for fingerprint in ("", digest_of(texts)):
+        with pytest.raises(InvalidInput, match="statistics have no source 'a'"):  # and are asked for
+            lookup(fingerprint)("gram", "a", "h.0.mlp.w")
+    with pytest.raises(RecipeError, match=rf"its fingerprint is {digest_of(texts)}, not 0123$"):
+        lookup("0123")
 
 
 def nested(inner: Recipe, dtype: str = "float32", method: str = "ties") -> Recipe:
@@ -443,6 +487,38 @@ def test_tensors_of_equal_keys_are_equal(family: dict[str, Path]) -> None:
             shared += len(equal)
             assert all(torch.equal(tensors[name], theirs[name]) for name in equal)
     assert shared > 10
+
+
+def test_spellings_of_one_line_share_their_questions() -> None:
+    """A named method and its line of stages in three routes have one threshold, over all that they make."""
+    shapes = {"wte.weight": (9,), "h.0.mlp.w": (4, 5), "h.1.mlp.w": (8, 5)}
+    g = torch.Generator().manual_seed(4)
+    models = {n: {t: s * torch.randn(shapes[t], generator=g) for s, t in enumerate(shapes, 1)} for n in ("base", "a")}
+    line = "base | trim(0.3, scope=model) | elect | mean"
+    weight = {"a": 1.0}
+    routes = (
+        Route(blend=Blend(method="ties", weights=weight, parameters={"density": 0.3}), groups=("embedding",)),
+        Route(blend=Blend(method=line, weights=weight), layers=(0, 1)),
+        Route(blend=Blend(method=line.replace("0.3", "0.9"), weights=weight, parameters={"trim.density": {"a": 0.3}})),
+    )
+    recipe = replace(uniform(blend(), (0, 1), dtype="float32"), sources=(Source(name="a", path="a"),), routes=routes)
+    found = dict(materialize(recipe, Fake(models, 2)))
+
+    vectors = {t: models["a"][t] - models["base"][t] for t in shapes}
+    edge = threshold(torch.cat([d.flatten() for d in vectors.values()]), 0.3)
+    for t, d in vectors.items():
+        torch.testing.assert_close(found[t], models["base"][t] + d * (d.abs() >= edge), rtol=1e-5, atol=1e-6)
+
+
+def test_a_live_tensor_of_another_shape_is_refused() -> None:
+    """What could be spread over a live tensor, or has as many entries, is no less wrong than what could not."""
+    models = {name: {"wte.weight": torch.ones(1, 4)} for name in ("base", "a", "b")}
+    ((_, write),) = Blueprint(uniform(blend(), (), dtype="float32"), Fake(models, 1)).fill()
+    for shape in ((3, 4), (4, 1), (4,), (2, 3)):
+        out = torch.zeros(shape)
+        with pytest.raises(ModelError, match=rf"'wte.weight' has shape \[1, 4\], the live model's has \[{shape[0]}"):
+            write(out)
+        assert not out.any()
 
 
 def test_a_plan_goes_from_the_embedding_through_the_layers_to_the_head(family: dict[str, Path]) -> None:

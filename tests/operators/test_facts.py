@@ -218,7 +218,7 @@ def test_scope_says_which_entries_compete(scope: str) -> None:
     values = {name: rows(1, 40 + 7 * i, i)[0] * 2.0**i for i, name in enumerate(names)}
     blend = Blend(method=f"base | trim(0.25, scope={scope}) | sum", weights={"a": 1.0}, parameters={})
     place = {name: int(name.split(".")[2]) if "layers" in name else None for name in names}
-    parts = [Part(tensor=name, blend=blend, layer=place[name], entries=len(values[name])) for name in names]
+    parts = [Part(tensor=name, blend=blend, layer=place[name], shape=(len(values[name]),)) for name in names]
     merge = Merge(parts, lambda part, source: values[part.tensor] * (source is not None), ["a"], has_base=True, depth=3)
 
     for part in parts:

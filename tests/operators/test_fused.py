@@ -144,13 +144,11 @@ def same_bits(one: Tensor, two: Tensor) -> bool:
     return one.dtype == two.dtype and torch.equal(one.view(kind), two.view(kind))
 
 
-def check(compiled: Lines, line: str, given: World, parameters: Mapping[str, Given], out: torch.dtype) -> None:
-    """Compare the compiled line with the plain one, bit for bit."""
+def agrees(compiled: Lines, line: str, given: World, parameters: Mapping[str, Given], out: torch.dtype) -> bool:
+    """Tell whether the compiled line was run, gave finite values, and has the bits of the plain one."""
     steps = method(line).bound(parameters, given.site.names)
     built, found, expected = through(compiled, steps, given, out)
-
-    assert found == 0.0, (line, parameters)
-    assert same_bits(built, expected), (line, parameters, int((built != expected).sum()))
+    return found == 0.0 and same_bits(built, expected)
 
 
 def test_the_lines_here_have_every_elementwise_stage() -> None:
@@ -166,11 +164,11 @@ def test_a_compiled_line_has_the_bits_of_the_plain_one(compiled: Lines, line: st
     count, before = LINES[line], len(compiled._compiled)
     one, two = settings(method(line), tuple("abcde"[:count]))
 
-    check(compiled, line, world(count, 4099), one, torch.bfloat16)
+    assert agrees(compiled, line, world(count, 4099), one, torch.bfloat16)
     assert len(compiled._compiled) == before + 1
-    check(compiled, line, world(count, 4099), two, torch.bfloat16)
+    assert agrees(compiled, line, world(count, 4099), two, torch.bfloat16)
     for seed, entries in enumerate((1, 2, 15, 16, 17, 33, 5000)):
-        check(compiled, line, world(count, entries, seed=seed), (one, two)[seed % 2], torch.bfloat16)
+        assert agrees(compiled, line, world(count, entries, seed=seed), (one, two)[seed % 2], torch.bfloat16)
     assert len(compiled._compiled) == before + 1
     assert not compiled._static
 
@@ -180,12 +178,12 @@ def test_a_compiled_line_has_the_bits_of_the_plain_one(compiled: Lines, line: st
 def test_any_number_of_sources(compiled: Lines, line: str, count: int) -> None:
     """One source, two, and five: what does nothing to one source is not there."""
     for parameters in settings(method(line), tuple("abcde"[:count])):
-        check(compiled, line, world(count, 1000), parameters, torch.bfloat16)
+        assert agrees(compiled, line, world(count, 1000), parameters, torch.bfloat16)
 
 
 def test_without_a_base_where_there_may_be_one(compiled: Lines) -> None:
     """A line that takes a base if there is one goes without."""
-    check(compiled, "base_if_any | slerp | scale", world(2, 1000, base=False), {}, torch.bfloat16)
+    assert agrees(compiled, "base_if_any | slerp | scale", world(2, 1000, base=False), {}, torch.bfloat16)
 
 
 @pytest.mark.parametrize("line", ["base | trim | elect | mean", "zero | mean"])
@@ -193,7 +191,7 @@ def test_sources_and_results_in_float32(compiled: Lines, line: str) -> None:
     """Tensors in float32 have the bits of the plain run too, subnormal ones included."""
     given = world(3, 3001, dtype=torch.float32)
 
-    check(compiled, line, given, {"density": 0.4} if "base" in line else {}, torch.float32)
+    assert agrees(compiled, line, given, {"density": 0.4} if "base" in line else {}, torch.float32)
 
 
 def test_sources_of_several_dtypes(compiled: Lines) -> None:
@@ -201,10 +199,10 @@ def test_sources_of_several_dtypes(compiled: Lines) -> None:
     for kinds in (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")):
         given = world(2, 500)
         mixed = [source.to(getattr(torch, kind)) for source, kind in zip(given.sources, kinds, strict=True)]
-        check(compiled, "zero | sum", World(mixed, None, given.site), {}, torch.bfloat16)
+        assert agrees(compiled, "zero | sum", World(mixed, None, given.site), {}, torch.bfloat16)
     wide = world(2, 500)
     for base in (wide.base, wide.base.float() if wide.base is not None else None):
-        check(compiled, "base | sum", World(wide.sources, base, wide.site), {}, torch.bfloat16)
+        assert agrees(compiled, "base | sum", World(wide.sources, base, wide.site), {}, torch.bfloat16)
 
 
 def test_a_line_that_cannot_be_compiled_is_left_to_the_plain_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +227,7 @@ def test_a_line_that_cannot_be_compiled_is_left_to_the_plain_run(monkeypatch: py
 def test_numbers_of_no_column_have_programs_of_their_own(compiled: Lines) -> None:
     """Where a stage computes with a number that makes no column, each value is right all the same."""
     for decay in (0.8, 0.3, 0.55, 0.3):
-        check(compiled, "zero | ema | mean", world(3, 200), {"decay": decay}, torch.bfloat16)
+        assert agrees(compiled, "zero | ema | mean", world(3, 200), {"decay": decay}, torch.bfloat16)
 
 
 @pytest.mark.parametrize("most", [64, 1000, 4099])
@@ -238,7 +236,8 @@ def test_long_tensors_go_in_pieces(compiled: Lines, most: int, monkeypatch: pyte
     monkeypatch.setattr(fused, "_MOST", most)
     for line in ("base | drop | elect | mean(normalize=0) | scale", "base_if_any | slerp | scale"):
         count = LINES[line]
-        check(compiled, line, world(count, 4099), settings(method(line), tuple("abc"[:count]))[0], torch.bfloat16)
+        one, _ = settings(method(line), tuple("abc"[:count]))
+        assert agrees(compiled, line, world(count, 4099), one, torch.bfloat16)
 
 
 def test_masks_go_by_seed_and_names(compiled: Lines) -> None:
@@ -297,7 +296,7 @@ def test_every_elementwise_method(compiled: Lines) -> None:
     for name in ELEMENTWISE:
         given = world(3, 4099)
         for parameters in settings(METHODS[name], given.site.names):
-            check(compiled, name, given, parameters, torch.bfloat16)
+            assert agrees(compiled, name, given, parameters, torch.bfloat16)
 
 
 def process(code: str, **environment: str) -> str:
@@ -320,7 +319,7 @@ def read(part, source):
     return torch.arange(5.0) * {None: 1, "a": 2, "b": 3}[source]
 
 print(unavailable())
-part = Part(tensor="t", blend=Blend(method="task_arithmetic", weights={"a": 1.0, "b": 1.0}, parameters={}), entries=5)
+part = Part(tensor="t", blend=Blend(method="task_arithmetic", weights={"a": 1.0, "b": 1.0}, parameters={}), shape=(5,))
 out = torch.zeros(5)
 merge = Merge([part], read, ["a", "b"], has_base=True, lines=Lines())
 print(merge.write(part, out), out.tolist(), next(merge.build(part))[1].tolist())

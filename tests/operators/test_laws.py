@@ -127,7 +127,7 @@ def build(
     parts = [
         Part(
             tensor=tensor, blend=blend, layer=int(tensor.split(".")[2]) if ".layers." in tensor else None,
-            entries=w.base[tensor].numel(),
+            shape=tuple(w.base[tensor].shape),
         )
         for tensor in tensors or SHAPES
     ]  # fmt: skip

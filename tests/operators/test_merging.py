@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evomerge.errors import CandidateError, RecipeError
 from evomerge.operators import METHODS, merge, merge_tensor
-from evomerge.operators.parts import Merge, Part
+from evomerge.operators.parts import PIECE, Merge, Part
 from evomerge.recipe import Blend
 
 #: Methods that need nothing but sources and a base.
@@ -292,7 +292,7 @@ def test_a_bias_goes_with_its_weight_where_the_method_says_so() -> None:
 
     def parts(method: str, weight: float = 1.0) -> list[Part]:
         blend = Blend(method=method, weights={"0": weight, "1": 1.0}, parameters={})
-        return [Part(tensor=name, blend=blend, entries=models[0][name].numel()) for name in shapes]
+        return [Part(tensor=name, blend=blend, shape=tuple(models[0][name].shape)) for name in shapes]
 
     whole = Merge(parts("base | knots | mean"), read, ["0", "1"], has_base=True)
     assert [(part.tensor, part.bias.tensor if part.bias else None) for part in whole.parts] == [
@@ -313,7 +313,33 @@ def test_nothing_is_read_before_it_is_needed() -> None:
         return torch.ones(4)
 
     blend = Blend(method="linear", weights={"a": 1.0, "b": 0.0}, parameters={})
-    whole = Merge([Part(tensor="w", blend=blend, entries=4)], read, ["a", "b"], has_base=True)
+    whole = Merge([Part(tensor="w", blend=blend, shape=(4,))], read, ["a", "b"], has_base=True)
     next(whole.build(whole.parts[0]))
 
     assert reads == [("w", "a")]
+
+
+def test_nothing_is_read_for_its_shape() -> None:
+    """A tensor that is merged piece by piece is read once for it, and a bias is joined to its weight without a look."""
+    shapes = {"w": (2, PIECE), "a.weight": (4, 3), "a.bias": (4,)}
+    reads: list[tuple[str, str | None]] = []
+
+    def read(part: Part, source: str | None) -> Tensor:
+        reads.append((part.tensor, source))
+        return torch.ones(shapes[part.tensor])
+
+    def parts(method: str, *names: str) -> list[Part]:
+        blend = Blend(method=method, weights={"a": 1.0, "b": 2.0}, parameters={})
+        return [Part(tensor=name, blend=blend, shape=shapes[name]) for name in names]
+
+    pieces = Merge(parts("linear", "w"), read, ["a", "b"], has_base=False)
+    reads.clear()  # those of the questions
+    ((_, built),) = pieces.build(pieces.parts[0])
+    assert built.shape == shapes["w"]
+    assert reads == [("w", "a"), ("w", "b")]
+
+    reads.clear()
+    joined = Merge(parts("base | knots | mean", "a.weight", "a.bias"), read, ["a", "b"], has_base=True)
+    assert [part.tensors for part in joined.parts] == [("a.weight", "a.bias")]
+    assert {len(list(joined.build(part))) for part in joined.parts} == {2}
+    assert sorted(reads, key=str) == [(t, s) for t in ("a.bias", "a.weight") for s in ("a", "b", None)]

@@ -19,7 +19,7 @@ from evomerge.models.mergekit.references import Models
 from evomerge.models.mergekit.routes import compressed
 from evomerge.models.mergekit.settings import Spot, filters, resolved, where
 from evomerge.recipe import DTYPES, Blend, Recipe, Source
-from evomerge.value import Plain, value
+from evomerge.value import Plain, read_yaml, value
 
 #: Keys of the file that are read, and those that mergekit has and no recipe can say, with the way out.
 _KEYS = ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer",
@@ -72,12 +72,7 @@ def read(path: Path) -> Recipe:
         RecipeError: if the file is wrong, or says what no recipe can: named, with the way out.
         ModelError: if a model is not there or broken.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise RecipeError(f"{path}: cannot be read ({problem.strerror}); give the path of a YAML file") from None
-    except (yaml.YAMLError, ValueError) as problem:
-        raise RecipeError(f"{path}: not YAML ({' '.join(str(problem).split())})") from None
+    data = read_yaml(path, "a YAML file", RecipeError)
     place = str(path)
     _keys(data, _KEYS, place)
     lines = [line for line in LINES if line.name == data.get("merge_method")]
