@@ -5,6 +5,8 @@
 # make claims   measure what the README claims
 # make methods  build and score a model of the quickstart's sources by every method
 # make speed    measure what a candidate costs to build, as a ratio to a plain copy
+# make fitness  compare the estimators on simulated responses, or on those in the folder RESPONSES
+# make engine   time the engine against lm-eval's own model class
 # make lines    compare every compiled method with its plain run
 # make clean    remove what these targets made; runs/ stays
 #
@@ -24,7 +26,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint torture claims methods speed lines clean
+.PHONY: demo test lint torture claims methods speed fitness engine lines clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -49,6 +51,12 @@ methods: $(VENV)/.installed
 
 speed: $(VENV)/.installed
 	$(BIN)/python experiments/benchmarks/materialize.py
+
+fitness: $(VENV)/.installed
+	$(SINGLE) $(BIN)/python experiments/benchmarks/fitness.py $(if $(RESPONSES),--data $(RESPONSES))
+
+engine: $(VENV)/.installed-test
+	$(BIN)/python experiments/benchmarks/engine.py
 
 lines: $(VENV)/.installed-test
 	$(SINGLE) EVOMERGE_EVERY_LINE=1 $(BIN)/python -m pytest tests/operators/test_fused.py -k every

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +34,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bank = typer.Typer(help="Item banks: what other models answered, as a prior.", no_args_is_help=True)
+app.add_typer(bank, name="bank")
 zoo = typer.Typer(help="The tiny models and tasks of the quickstart.", no_args_is_help=True)
 app.add_typer(zoo, name="zoo")
 
@@ -224,6 +226,37 @@ def schema() -> None:
     sys.stdout.write(json.dumps(make(), indent=2) + "\n")
 
 
+@bank.command(name="fit")
+@_safely
+def fit_responses(
+    responses: Annotated[
+        list[Path],
+        typer.Argument(help=".csv, .parquet, .npz, folders of lm-eval's samples_*.jsonl, or folders of runs."),
+    ],
+    to: Annotated[Path, typer.Option(help="The bank's name: NAME.safetensors and NAME.json are written.")],
+    metric: Annotated[str, typer.Option(help="Of lm-eval's samples: METRIC or METRIC,FILTER; else the first.")] = "",
+    source: Annotated[str, typer.Option(help="Where the responses come from; default: what their files say.")] = "",
+    licence: Annotated[str, typer.Option(help="Under which the bank may be passed on.")] = "",
+) -> None:
+    """Make an item bank of what models answered, for searches on the same items."""
+    from evomerge.banking import make_bank
+
+    made = make_bank(responses, to, metric=metric, source=source, licence=licence)
+    for warning in made.warnings:
+        err.print(Text(f"warning: {warning}"), soft_wrap=True)
+    out.print(_rows(made.rows))
+
+
+@bank.command(name="show")
+@_safely
+def show_bank(path: Annotated[Path, typer.Argument(help="A bank: NAME, NAME.json or NAME.safetensors.")]) -> None:
+    """Say what is in an item bank; it is read in full, so a broken one is refused."""
+    from evomerge.bankfile import read_bank
+    from evomerge.banking import shown
+
+    out.print(_rows(shown(read_bank(path))))
+
+
 @zoo.command()
 @_safely
 def build(
@@ -285,6 +318,11 @@ def _merge_plan(job: "OneOff") -> Table:
     }
     if taken:
         rows["tokens"] = "taken from others: " + ", ".join(f"{count:,} by {name}" for name, count in taken.items())
+    return _rows(rows)
+
+
+def _rows(rows: Mapping[str, str]) -> Table:
+    """Return a table of two columns."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in rows.items():
         table.add_row(Text(name, style="bold"), Text(text))
@@ -408,11 +446,7 @@ def _plan(experiment: "Experiment") -> Table:
 
     file, space = experiment.file, experiment.space
     base = f" over {Path(space.base.path).name}" if space.base else ""
-    items = ", ".join(f"{name} {len(task.splits['search'])}" for name, task in experiment.tasks.items())
-    estimator = file.estimator
-    few = {"p_irt": f"{estimator.anchors} a task after a warm-up of {estimator.warmup} random genomes"}.get(
-        estimator.name, f"{estimator.items or 'all'} a task"
-    )
+    items = ", ".join(f"{name} {task.count('search')}" for name, task in experiment.tasks.items())
     workers = file.workers
     where = f"{workers.count} Ray" if workers.pool == "ray" else "inline"
     plan = planned_items(experiment)
@@ -422,12 +456,11 @@ def _plan(experiment: "Experiment") -> Table:
         "space": f"{len(space.axes)} genes; {', '.join(space.methods)}; {space.knots} {space.profile} "
         f"over depth, modules {' | '.join('+'.join(m) for m in space.modules)}",
         "objectives": ", ".join(f"{o.direction} {o.name}" for o in experiment.objectives),
-        "items": f"search split: {items}; estimator {estimator.name}: {few}",
+        "items": f"search split: {items}",
+        "scoring": f"{experiment.schedule.headline}; estimator {file.estimator['name']}",
         "driver": f"{file.driver['name']}, {file.budget.candidates} candidates",
         "workers": f"{where}, {workers.threads} thread{'s' if workers.threads > 1 else ''} each, {workers.device}",
+        "bank": "" if experiment.bank is None else experiment.bank.headline,
         "items to ask": f"at most {sum(plan.values()):,} ({', '.join(f'{k} {v:,}' for k, v in plan.items())})",
     }
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, text in rows.items():
-        table.add_row(Text(name, style="bold"), Text(text))
-    return table
+    return _rows({heading: text for heading, text in rows.items() if text})

@@ -1,6 +1,7 @@
 """Writes chosen candidates as model folders, each reloaded and checked against its recorded answers first."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +11,10 @@ from typing import Any
 from evomerge import __version__
 from evomerge.card import blended, model_card
 from evomerge.errors import ExportError, LedgerError
+from evomerge.evaluation.asking import asked, outcomes
 from evomerge.evaluation.engine import Engine
-from evomerge.evaluation.task import SPLITS
+from evomerge.evaluation.request import Outcome
+from evomerge.evaluation.task import SPLITS, Task
 from evomerge.experiment import Experiment
 from evomerge.ledger import Answered, Event
 from evomerge.models import mergekit
@@ -26,6 +29,9 @@ from evomerge.value import plain
 
 #: Share of items that may come out differently when a model is reloaded (other batches, other kernels).
 TOLERANCE = 0.01
+
+#: How far numbers may be apart and still be the same answer; right and wrong are further.
+CLOSE = 1e-3
 
 #: The file that says a recipe in mergekit's words, where there are any.
 MERGEKIT = "mergekit_config.yml"
@@ -128,22 +134,18 @@ def _check(experiment: Experiment, folder: Path, recorded: Answered) -> dict[str
     Raises:
         ExportError: if more than `TOLERANCE` of its answers differ.
     """
-    settings = experiment.file.workers
-    engine = Engine(
-        folder,
-        experiment.file.dtype,
-        settings.device,
-        settings.batch,
-        trust_remote_code=experiment.file.trust_remote_code,
-        pretrained=True,
-    )
+    known = {name: _references(experiment, experiment.tasks[name], recorded.split) for name in recorded.responses}
+    engine = _engine(experiment, folder)
     everything = experiment.items(recorded.split)
     differ = items = 0
     for name, responses in recorded.responses.items():
-        task = experiment.tasks[name]
-        plan = engine.plan(task, recorded.split, recorded.items.get(name, everything[name]))
-        again = [response.value for response in engine.answer(plan)]
-        differ += sum(abs(now - then) > 1e-9 for now, then in zip(again, responses, strict=True))
+        places = recorded.items.get(name, everything[name])
+        own = [known[name][place] for place in places] if known[name] else []
+        again = asked(engine, experiment.tasks[name], recorded.split, places, own)
+        differ += sum(
+            not math.isclose(now.value, then, rel_tol=CLOSE, abs_tol=CLOSE)
+            for now, then in zip(again, responses, strict=True)
+        )
         items += len(again)
     if differ > TOLERANCE * items:
         raise ExportError(
@@ -151,6 +153,31 @@ def _check(experiment: Experiment, folder: Path, recorded: Answered) -> dict[str
             "Is this the machine and the library versions of the run?"
         )
     return {"items": items, "differ": differ}
+
+
+def _engine(experiment: Experiment, folder: Path) -> Engine:
+    """Return an engine with a folder's own weights."""
+    settings = experiment.file.workers
+    return Engine(
+        folder,
+        experiment.file.dtype,
+        settings.device,
+        settings.batch,
+        settings.tokens,
+        trust_remote_code=experiment.file.trust_remote_code,
+        pretrained=True,
+    )
+
+
+def _references(experiment: Experiment, task: Task, split: str) -> list[tuple[Outcome, ...]]:
+    """Return what a task's reference says to all items of a split; nothing for a task without one.
+
+    The source is in memory only while it is asked.
+    """
+    if task.reference is None:
+        return []
+    engine = _engine(experiment, experiment.folders[task.reference])
+    return outcomes(engine, task, split, range(task.count(split)))
 
 
 def _entry(run: Run, recipe: Recipe, number: int, folder: Path, check: Mapping[str, int]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,10 +12,10 @@ from typing import Self
 from evomerge.errors import LedgerError, nearest
 from evomerge.genome import Genome
 from evomerge.objective import Objective
-from evomerge.value import Plain, canonical, encoded, parse, plain, value
+from evomerge.value import canonical, encoded, parse, plain, value
 
 #: Version of the ledger's form; a ledger of another version is refused.
-FORM = 1
+FORM = 2
 
 #: Origins of candidates that the search did not propose: the baselines of a run.
 BASELINES = ("source", "average", "arithmetic")
@@ -26,14 +26,15 @@ class Started:
     """A run began: what identifies it, and what its numbers refer to.
 
     `identity` is the content address of all that decides the course of the run (models,
-    space, objectives, items, driver, estimator, seed). `reference` is the reference point
-    of the hypervolume, as losses. `items` counts the items of each split, task by task.
+    space, objectives, items, driver, estimator, schedule, seed). `reference` is the reference point
+    of the hypervolume, as losses; None where it is the worst of the sources, which is not known yet.
+    `items` counts the items of each split, task by task.
     """
 
     identity: str
     seed: int
     objectives: tuple[Objective, ...]
-    reference: tuple[float, ...]
+    reference: tuple[float | None, ...]
     items: Mapping[str, Mapping[str, int]]
     versions: Mapping[str, str]
     time: float = 0.0
@@ -60,7 +61,8 @@ class Asked:
 class Answered:
     """A worker answered items of a split for a candidate, or says why it could not.
 
-    `items` holds the items by task; a task that is not in it was asked all items of the split.
+    `items` holds the items by task; of a task that is not in it all items of the split were asked, if it has responses.
+    A candidate may answer a split bit by bit.
     """
 
     candidate: int
@@ -74,16 +76,32 @@ class Answered:
 
 @value
 class Fitted:
-    """The estimator was fitted on the warm-up: one item bank per task, in plain form."""
+    """The estimator was fitted to all that is known before a generation, and chose what to ask of it.
 
-    banks: Mapping[str, Plain]
+    Attributes:
+        step: the number of the generation, from 0.
+        items: what everybody in it is asked, by task; empty where that is decided one by one.
+        again: candidates of earlier generations that are asked these items too.
+        spread: by how much the raw error of each task's estimates is multiplied, from held-out rows.
+        inflation: by how much more, because estimates of promoted candidates were further off than their errors said.
+        rows: how many candidates that had answered everything went into the fit.
+        reason: which estimator was used, and why.
+    """
+
+    step: int
+    items: Mapping[str, tuple[int, ...]]
+    again: tuple[int, ...]
+    spread: Mapping[str, float]
+    inflation: float
+    rows: int
+    reason: str = ""
 
 
 @value
 class Told:
     """A candidate's score became final and was told to the driver; losses None: it failed.
 
-    A score is (value, standard error, number of items).
+    A score is (value, standard error, number of items). It may be told again, when more is known of the candidate.
     """
 
     candidate: int
@@ -93,10 +111,16 @@ class Told:
 
 @value
 class Promoted:
-    """Candidates were chosen to be re-scored on a held-out split."""
+    """Candidates were chosen to be asked more: all items of a split, or those of `search` that `items` names by task.
+
+    `estimates` holds for each candidate, where there are any, what was thought of it before: by task, the value and its
+    raw error.
+    """
 
     split: str
     candidates: tuple[int, ...]
+    estimates: tuple[Mapping[str, tuple[float, ...]], ...] = ()
+    items: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @value
@@ -211,7 +235,7 @@ def settled(events: Sequence[Event]) -> list[Event]:
     """Return what two runs of one experiment have in common whatever their timing.
 
     Timing fields are set to zero, and the answers between two other events, which arrive
-    in any order when several workers are at work, are sorted by candidate.
+    in any order when several workers are at work, are sorted by candidate; those of one candidate keep their order.
     """
     found: list[Event] = []
     answers: list[Answered] = []

@@ -18,17 +18,19 @@ class Score:
     """An estimate of a candidate's expected response on a task.
 
     `error` is its standard error over the population of items that the task stands for,
-    `items` how many items were asked to get it.
+    `items` how many items were asked to get it, `bounded` whether it lies in [0, 1].
     """
 
     value: float
     error: float
     items: int
+    bounded: bool = True
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval, cut to [0, 1]."""
-        return max(0.0, self.value - Z95 * self.error), min(1.0, self.value + Z95 * self.error)
+        """The 95 % interval; of a bounded score, cut to [0, 1]."""
+        low, high = self.value - Z95 * self.error, self.value + Z95 * self.error
+        return (max(0.0, low), min(1.0, high)) if self.bounded else (low, high)
 
 
 @value

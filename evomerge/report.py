@@ -26,11 +26,13 @@ def render_status(run: Run) -> RenderableType:
         "state": state,
         "candidates": f"{len(scored)} scored, of these {driven} by the driver; {len(run.errors)} failed",
         "front so far": f"{len(found)} candidates, hypervolume {run.hypervolume(found):.4f} (estimated)",
-        "items asked": f"{sum(run.items.values()):,} ({', '.join(f'{k} {v:,}' for k, v in run.items.items())})",
+        "items asked": f"{sum(run.items.values()):,} ({', '.join(f'{k} {v:,}' for k, v in run.items.items() if v)})",
+        "cost": " ".join(_saving(run)),
+        "estimator": (run.fitted[-1].reason if run.fitted else "") or "the mean of what was asked",
         "worker time": f"{run.seconds:.0f} s",
     }
     for name, text in rows.items():
-        table.add_row(Text(name, style="bold"), text)
+        table.add_row(Text(name, style="bold"), Text(text))
     return Group(table, *_notes(run))
 
 
@@ -89,18 +91,24 @@ def _volumes(run: Run) -> RenderableType:
 
 
 def _cost(run: Run) -> RenderableType:
+    failed = f"Candidates failed: {len(run.errors)}. Worker time: {run.seconds:.0f} s."
+    return Text("\n".join([*_saving(run), failed]))
+
+
+def _saving(run: Run) -> list[str]:
+    """Return what was asked of the whole run and of a candidate, each against asking everything, in a line each."""
     total, everything = sum(run.items.values()), run.asking_everything()
-    each, all_items = run.per_candidate()
+    each, more, all_items = run.per_candidate()
     lines = [f"Items asked: {total:,} in the whole run; scoring every candidate on all search items: {everything:,}"]
     if total:
         lines[0] += f" ({everything / total:.1f} times as many)."
     if each:
         lines.append(
             f"Items asked of a candidate after the warm-up: {each:.0f} of {all_items:,} "
-            f"({all_items / each:.1f} times fewer)."
+            f"({all_items / each:.1f} times fewer)"
+            + (f"; {more:.0f} with those promoted ({all_items / more:.1f} times fewer)." if more > each else ".")
         )
-    lines.append(f"Candidates failed: {len(run.errors)}. Worker time: {run.seconds:.0f} s.")
-    return Text("\n".join(lines))
+    return lines
 
 
 def _notes(run: Run) -> Sequence[RenderableType]:
@@ -151,9 +159,7 @@ class Progress:
     def left(self) -> float:
         """Seconds that are left at this session's rate, or infinity before there is one."""
         steps = list(self._plan)
-        now = steps.index(self.step)
-        ahead = max(self._plan[self.step] - self.run.items[self.step], 0)
-        ahead += sum(self._plan[step] for step in steps[now + 1 :])
+        ahead = sum(max(self._plan[s] - self.run.items[s], 0) for s in steps[steps.index(self.step) :])
         return ahead / self.rate if self._new else float("inf")
 
     def line(self) -> str:

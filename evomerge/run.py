@@ -1,6 +1,6 @@
 """What a ledger says of a run: its candidates, its scores, its front and what it cost."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,10 @@ from evomerge.ledger import (
 from evomerge.objective import Losses, Objective, Score
 from evomerge.pareto import extremes, front, hypervolume, knee
 
+#: What a run asks items for: of everybody at its beginning, of the search's candidates, of some of those the rest, and
+#: of the finalists.
+STEPS = ("warm-up", "search", "promotion", "validation", "test")
+
 
 class Run:
     """What a ledger says of a run, kept up to date event by event."""
@@ -37,10 +41,11 @@ class Run:
         self.warnings: list[str] = []
         self.finished: Finished | None = None
         self.seconds = 0.0
-        self.fitted = False
+        self.fitted: list[Fitted] = []
         self._answered: set[int] = set()
-        #: Items asked so far, by step: warm-up, search, validation, test.
-        self.items = {"warm-up": 0, "search": 0, "validation": 0, "test": 0}
+        self._promoting = False
+        #: Items asked so far, by step.
+        self.items = dict.fromkeys(STEPS, 0)
         for event in events:
             self.add(event)
 
@@ -54,9 +59,12 @@ class Run:
             case Answered():
                 self._count(event)
             case Fitted():
-                self.fitted = True
+                self.fitted.append(event)
             case Told():
                 self.told[event.candidate] = event
+                self._promoting = False
+            case Promoted(split="search"):
+                self._promoting = True
             case Promoted():
                 self.promoted[event.split] = event.candidates
             case Rescored():
@@ -71,10 +79,13 @@ class Run:
         if event.error is not None:
             self.errors[event.candidate] = event.error
         step = event.split
-        if step == "search" and self.asked[event.candidate].origin != "search":
-            step = "warm-up"
-        if step == "search" and event.error is None:
+        origin = self.asked[event.candidate].origin
+        if step == "search" and event.error is None and origin == "search":
             self._answered.add(event.candidate)
+        if step == "search" and self._promoting:
+            step = "promotion"
+        elif step == "search" and origin != "search":
+            step = "warm-up"
         self.items[step] += sum(len(responses) for responses in event.responses.values())
 
     @property
@@ -98,6 +109,11 @@ class Run:
         """The candidates whose score on the search split is final; failures are left out."""
         return [event for event in self.asked if (t := self.told.get(event.candidate)) and t.losses is not None]
 
+    @property
+    def reference(self) -> Losses:
+        """The reference point of the hypervolume."""
+        return corner_of(self._begun.reference, list(self.losses(("source",)).values()))
+
     def losses(self, origins: Iterable[str], split: str = "search") -> dict[int, Losses]:
         """Return the losses of candidates on a split, by number; failures are left out."""
         wanted = set(origins)
@@ -115,7 +131,7 @@ class Run:
         found = [known[i].losses for i in candidates if i in known and known[i].losses is not None]
         if not found:
             return 0.0
-        return float(hypervolume(np.array(found), self._begun.reference))
+        return float(hypervolume(np.array(found), self.reference))
 
     def front_so_far(self) -> list[int]:
         """Return the non-dominated candidates by the search split's estimates, baselines left out."""
@@ -169,8 +185,14 @@ class Run:
     def scores(self, number: int, split: str) -> dict[str, Score]:
         """Return a candidate's scores on a split, by task."""
         known: Mapping[int, Told | Rescored] = self.told if split == "search" else self.rescored[split]
-        found = known[number].scores.items() if number in known else ()
-        return {task: Score(value=s[0], error=s[1], items=int(s[2])) for task, s in found}
+        if number not in known:
+            return {}
+        pairs = zip(self.objectives, self._begun.reference, strict=True)
+        unbounded = {objective.name for objective, corner in pairs if corner is None}
+        return {
+            task: Score(value=s[0], error=s[1], items=int(s[2]), bounded=task not in unbounded)
+            for task, s in known[number].scores.items()
+        }
 
     def name(self, number: int) -> str:
         """Return what reports call a candidate."""
@@ -182,10 +204,25 @@ class Run:
         each = sum(self._begun.items["search"].values())
         return each * sum(1 for event in self.asked if event.same_as is None)
 
-    def per_candidate(self) -> tuple[float, int]:
-        """Return the items asked of a candidate after the warm-up on average, and all search items."""
-        each = sum(self._begun.items["search"].values())
-        return (self.items["search"] / len(self._answered) if self._answered else 0.0), each
+    def per_candidate(self) -> tuple[float, float, int]:
+        """Return the items asked of a candidate after the warm-up, on average, and all search items.
+
+        Twice: without and with the rest that some were asked by promotion.
+        """
+        each, count = sum(self._begun.items["search"].values()), max(1, len(self._answered))
+        few = self.items["search"]
+        return few / count, (few + self.items["promotion"]) / count, each
+
+
+def corner_of(reference: Sequence[float | None], sources: Sequence[Losses]) -> Losses:
+    """Return the reference point of a run, with what was not known at its beginning.
+
+    Args:
+        reference: as the run began; None for what is the worst loss among the sources.
+        sources: the losses of those that were scored. Before any was, that loss is 0.
+    """
+    worst = [max((own[k] for own in sources), default=0.0) for k in range(len(reference))]
+    return tuple(worst[k] if fixed is None else fixed for k, fixed in enumerate(reference))
 
 
 def open_run(folder: Path) -> Run:

@@ -3,13 +3,16 @@
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evomerge.errors import TaskError, nearest
+from evomerge.errors import CandidateError, TaskError, nearest
 from evomerge.evaluation import Response, Task, read_task
+from evomerge.evaluation.gates import Gates, failures, pass_gates
+from evomerge.evaluation.request import Outcome
 from evomerge.pool import Answer, Job, answer_safely
-from evomerge.recipe import Source
+from evomerge.recipe import Recipe, Source, copy_of
 from evomerge.value import value
 
 #: Bytes of sources from which on compiled lines pay for their compilation (ten seconds or so, once per line), and
@@ -32,6 +35,8 @@ class WorkerSetup:
         device: a torch device.
         threads: torch threads.
         batch: the most rows of a batch.
+        tokens: the most tokens of a batch, rows times length.
+        gates: what a merge must pass before its first item.
         trust_remote_code: whether code in the template's folder may run.
         statistics: the folder where statistics of sources are kept; default: in the user's cache.
         budget: the most bytes of sources on a device that is not the CPU; None: all of them.
@@ -44,6 +49,8 @@ class WorkerSetup:
     device: str = "cpu"
     threads: int = 1
     batch: int = 128
+    tokens: int = 1 << 14
+    gates: Gates = field(default_factory=Gates)
     trust_remote_code: bool = False
     statistics: Path | None = None
     budget: int | None = None
@@ -79,13 +86,20 @@ class ModelWorker:
 
         self._device = setup.device
         self._tasks = {
-            name: given if isinstance(given, Task) else read_task(given, name) for name, given in setup.tasks.items()
+            name: read_task(given, name, setup.template) if isinstance(given, Path) else given
+            for name, given in setup.tasks.items()
         }
         self._sources = Resident(setup.sources, setup.device, setup.budget)
         self._engine = Engine(
-            setup.template, setup.dtype, setup.device, setup.batch, trust_remote_code=setup.trust_remote_code
+            setup.template,
+            setup.dtype,
+            setup.device,
+            setup.batch,
+            setup.tokens,
+            trust_remote_code=setup.trust_remote_code,
         )
         self._live: str | None = None
+        self._passed: str | None = None
         self._held: Mapping[str, str] | None = None
         large = self._sources.bytes > LARGE
         if large:
@@ -97,6 +111,8 @@ class ModelWorker:
         self._told = False
         self._setup = setup
         self._statistics: dict[Source | None, Statistic] = {}
+        self._references: dict[tuple[str, str], list[tuple[Outcome, ...]]] = {}
+        self._excused: Mapping[str, str] | None = None
 
     def answer(self, job: Job) -> Answer:
         """Build the job's candidate and ask it; what goes wrong with it is in the answer's `error`."""
@@ -113,7 +129,8 @@ class ModelWorker:
         for name in job.items:
             if name not in self._tasks:
                 raise TaskError(f"task {name!r} is not among the worker's; {nearest(name, self._tasks)}")
-        self._load(job)
+        self._refer(job)
+        self._judge(job.recipe)
         found = {name: self._ask(name, job.split, items) for name, items in job.items.items()}
         return Answer(
             candidate=job.candidate,
@@ -124,20 +141,84 @@ class ModelWorker:
             seconds=time.monotonic() - start,
         )
 
-    def _load(self, job: Job) -> None:
+    def _refer(self, job: Job) -> None:
+        """Have what the references of the job's tasks say, in the splits that it asks.
+
+        A source is asked a whole split at once, so that what it says does not depend on the jobs of a worker.
+        """
+        from evomerge.evaluation.asking import outcomes
+
+        for name in job.items:
+            task = self._tasks[name]
+            key = (task.fingerprint, job.split)
+            if task.reference is None or key in self._references:
+                continue
+            self._load(self._copy(task.reference, name))
+            try:
+                everything = range(task.count(job.split))
+                self._references[key] = outcomes(self._engine, task, job.split, everything)
+            except CandidateError as problem:
+                raise TaskError(f"the reference {task.reference!r} cannot answer: {problem}") from None
+
+    def _copy(self, source: str, task: str) -> Recipe:
+        """Return the recipe of a source as it is."""
+        if source not in self._setup.sources:
+            way_out = nearest(source, self._setup.sources)
+            raise TaskError(f"task {task!r}: its reference {source!r} is not among the sources; {way_out}")
+        model = Source(name=source, path=str(self._setup.sources[source]))
+        return copy_of(model, self._sources.depth, self._setup.dtype)
+
+    def _judge(self, recipe: Recipe) -> None:
+        """Have a candidate live that has passed the gates.
+
+        A source that does not pass stays in the run, with a warning. What the template does not pass by itself, as a
+        model may that was never taught to stop, is no gate for merges.
+
+        Raises:
+            CandidateError: if a merge does not pass.
+        """
+        if recipe.digest == self._passed:
+            self._load(recipe)
+            return
+        gates = self._setup.gates
+        alone = recipe.base is None and len(recipe.sources) == 1 and recipe.sources[0].recipe is None
+        if self._excused is None:
+            self._excused = self._excuses()
+        self._load(recipe)
+        if alone:
+            for reason in failures(self._engine, gates, self._tasks).values():
+                _say(f"the source {recipe.sources[0].name} does not pass the gates for merges: {reason}")
+        else:
+            pass_gates(self._engine, gates, self._tasks, self._excused)
+        self._passed = recipe.digest
+
+    def _excuses(self) -> Mapping[str, str]:
+        """Return the gates that the template does not pass by itself, and say so; weights are never excused."""
+        folders = self._setup.sources
+        template = next((name for name, folder in folders.items() if folder == self._setup.template), None)
+        if template is None or not (self._setup.gates.repetition or self._setup.gates.language):
+            return {}
+        self._load(self._copy(template, ""))
+        found = failures(self._engine, self._setup.gates, self._tasks)
+        excused = {name: reason for name, reason in found.items() if name in ("repetition", "language")}
+        for name, reason in excused.items():
+            _say(f"no gate for {name}: of {template} itself, {reason}")
+        return excused
+
+    def _load(self, recipe: Recipe) -> None:
         from evomerge.models.materialize import Blueprint, statistics_for
 
-        digest = job.recipe.digest
+        digest = recipe.digest
         if digest == self._live:
             return
         self._live = None  # a failure on the way leaves a mixture
-        if job.recipe.calibration not in self._statistics:
-            self._statistics[job.recipe.calibration] = statistics_for(
-                job.recipe, self._setup.sources, self._setup.statistics, self._device, self._setup.trust_remote_code
+        if recipe.calibration not in self._statistics:
+            self._statistics[recipe.calibration] = statistics_for(
+                recipe, self._setup.sources, self._setup.statistics, self._device, self._setup.trust_remote_code
             )
-        statistic = self._statistics[job.recipe.calibration]
+        statistic = self._statistics[recipe.calibration]
         before, self._held = self._held, None
-        blueprint = Blueprint(job.recipe, self._sources, self._device, statistic, self._lines)
+        blueprint = Blueprint(recipe, self._sources, self._device, statistic, self._lines)
         self._engine.load(blueprint.fill(before))
         self._held = blueprint.keys()
         if self._lines is not None and self._lines.problem and not self._told:
@@ -146,7 +227,14 @@ class ModelWorker:
         self._live = digest
 
     def _ask(self, name: str, split: str, items: tuple[int, ...]) -> list[Response]:
-        return self._engine.answer(self._engine.plan(self._tasks[name], split, items))
+        from evomerge.evaluation.asking import asked
+
+        task = self._tasks[name]
+        known = self._references.get((task.fingerprint, split))
+        places = range(len(known or ()))
+        if known is None or not all(place in places for place in items):
+            return asked(self._engine, task, split, items)
+        return asked(self._engine, task, split, items, [known[place] for place in items])
 
 
 def _say(text: str) -> None:

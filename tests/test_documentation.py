@@ -2,7 +2,9 @@
 
 import doctest
 import re
+import shlex
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,12 @@ from typer.testing import CliRunner
 
 from evomerge import stages
 from evomerge.cli import app
-from evomerge.evaluation.jsonl import TaskFile
+from evomerge.evaluation.harness import HarnessFile
+from evomerge.evaluation.labelled import TaskFile
+from evomerge.evaluation.unlabelled import MEASURES
 from evomerge.experiment import ExperimentFile, load
+from evomerge.fitness.registry import ESTIMATORS
+from evomerge.fitness.schedule import SCHEDULES
 from evomerge.genome import from_unit
 from evomerge.methods import canonical, method
 from evomerge.models.checkpoint import Checkpoint
@@ -33,6 +39,8 @@ from tests.models.folders import make_llama
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+SCORES = (ROOT / "docs/fitness.md").read_text(encoding="utf-8")
+HARNESS = (ROOT / "docs/lm-eval.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -54,7 +62,8 @@ def of_kind(kind: str, text: str = METHODS) -> list[str]:
 def kind_of(block: str) -> str:
     """Return what a YAML block is, told by its keys."""
     data = yaml.safe_load(block)
-    told = {"routes": "recipe", "merge_method": "mergekit", "slots": "space", "budget": "experiment", "prompt": "task"}
+    told = {"routes": "recipe", "merge_method": "mergekit", "slots": "space", "budget": "experiment"}
+    told |= dict.fromkeys(("prompt", "measure", "lm_eval"), "task")
     return next(kind for key, kind in told.items() if key in data)
 
 
@@ -262,12 +271,50 @@ def test_the_table_on_mergekit_is_read_whole() -> None:
     assert len(conventions()) == METHODS[start : METHODS.index("\n\n", start)].count("\n") - 1
 
 
+def test_the_settings_of_the_page_on_scores_are_read(desk: Path) -> None:
+    """Each block is part of an experiment; the bank is made by the command that the page shows."""
+    data = yaml.safe_load(experiment(desk, "task_vectors").read_text(encoding="utf-8"))
+    data["models"] = {"base": str(desk / "models/base"), "sources": {"math": str(desk / "models/math")}}
+    (desk / "lower").mkdir()
+    path = desk / "lower" / "experiment.yaml"
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    known = [f"arithmetic/{name}" for name in load(path).tasks["arithmetic"].ids("search")]
+    rows = [[f"model-{i}", *(str(int(j < 5 * (i + 1))) for j in range(len(known)))] for i in range(9)]
+    (desk / "leaderboard.csv").write_text("\n".join(",".join(row) for row in [["model", *known], *rows]) + "\n")
+    for line in commands(SCORES):
+        assert run(shlex.split(line)[1:])
+
+    for block in blocks(SCORES, "yaml"):
+        keys = yaml.safe_load(block)
+        path.write_text(yaml.safe_dump(data | keys), encoding="utf-8")
+        found = load(path)
+        assert found.bank is None or found.bank.known == len(known)
+        assert {*keys} <= {"estimator", "schedule", "bank"}
+
+
+def test_the_page_on_scores_names_every_estimator_and_schedule() -> None:
+    """Each is the first cell of a row of a table."""
+    assert {*ESTIMATORS, *SCHEDULES} <= {*re.findall(r"^\| `(\w+)`", SCORES, re.MULTILINE)}
+
+
+def test_the_page_on_lm_eval_names_every_key() -> None:
+    """What is shown has known keys, and each key that there is stands in the table."""
+    for block in blocks(HARNESS, "yaml"):
+        parse(HarnessFile, yaml.safe_load(block), "lm-eval.md", AssertionError)
+    told = re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\|[^|]*\|", HARNESS, re.MULTILINE)))
+    assert {*told} == {field.name for field in fields(HarnessFile)}
+
+
 def test_the_files_of_the_readme_are_what_it_says(desk: Path) -> None:
     """Experiment and tasks have known keys and values, the recipe builds a model, and the listed names exist."""
     for block in of_kind("experiment", README):
         ExperimentFile.model_validate(yaml.safe_load(block))
     for block in of_kind("task", README):
-        parse(TaskFile, yaml.safe_load(block), "README", AssertionError)
+        keys = yaml.safe_load(block)
+        if "measure" in keys:
+            assert keys["measure"] in MEASURES
+            continue
+        parse(HarnessFile if "lm_eval" in keys else TaskFile, keys, "README", AssertionError)
     recipes = of_kind("recipe", README)
     for i, block in enumerate(recipes):
         built(desk, block, f"readme-{i}")

@@ -1,5 +1,6 @@
-"""Spaces of experiment files: what is written becomes the space that is meant, and every point of it is a recipe."""
+"""Experiment files: what is written becomes what is meant, and every point of a space is a recipe."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,21 @@ import numpy as np
 import pytest
 import yaml
 
-from evomerge.experiment import Experiment, load
+from evomerge.drivers import DRIVERS
+from evomerge.evaluation import Task, read_task
+from evomerge.evaluation.engine import TOKENS
+from evomerge.evaluation.gates import Gates
+from evomerge.experiment import Experiment, load, schema
+from evomerge.experiment.resolving import tasks_of
+from evomerge.fitness.auto import Auto
+from evomerge.fitness.registry import ESTIMATORS
+from evomerge.fitness.schedule import SCHEDULES, Fixed, Race
 from evomerge.genome import Choice, Real, Whole, active, from_unit
 from evomerge.methods import check
 from evomerge.models.materialize import plan
 from evomerge.models.resident import OnDisk
 from evomerge.recipe import Blend, Route
+from evomerge.search import open_pool, reference
 from evomerge.spaces.blend import NONE, ParameterRange, Slot
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,3 +154,105 @@ def test_the_space_of_stages_counts_what_was_chosen(tmp_path: Path) -> None:
     assert counting(edit="trim", gate=NONE, combine="sum") == {"scale", "density"}
     assert counting(edit="band", gate="elect", combine="mean") == {"scale", "density", "gamma", "vote"}
     assert counting(edit=NONE, gate="argmax", combine="mean") == {"scale"}
+
+
+def changed(folder: Path, **changes: Any) -> Experiment:
+    """Return the quickstart with some keys changed; `splits` keeps it small."""
+    data = yaml.safe_load((ROOT / "experiments/quickstart.yaml").read_text(encoding="utf-8"))
+    zoo = ROOT / "experiments/zoo"
+    data["models"] = {"base": str(zoo / "base"), "sources": {"arithmetic": str(zoo / "arithmetic")}}
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(data | changes, sort_keys=False), encoding="utf-8")
+    return load(path)
+
+
+def test_estimator_schedule_and_gates_are_read(tmp_path: Path) -> None:
+    """Settings that are given count, those that are left out have their defaults, and all are part of the identity."""
+    found = changed(
+        tmp_path,
+        estimator={"name": "auto", "rows": 30},
+        schedule={"name": "race", "first": 8},
+        gates={"finite": False, "repetition": 0},
+    )
+
+    assert found.estimator == Auto(rows=30)
+    assert found.schedule == Race(first=8)
+    assert found.gates == Gates(finite=False, repetition=0)
+    plain = changed(tmp_path, estimator={"name": "auto"}, schedule={"name": "fixed"})
+    assert (plain.estimator, plain.schedule, plain.gates) == (Auto(), Fixed(), Gates())
+    assert plain.identity != found.identity
+    defaults = yaml.safe_load((tmp_path / "experiment.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "experiment.yaml").write_text(
+        yaml.safe_dump({key: item for key, item in defaults.items() if key not in ("estimator", "schedule")})
+    )
+    assert load(tmp_path / "experiment.yaml").identity == plain.identity
+
+
+def test_the_size_of_batches_is_part_of_the_identity(tmp_path: Path) -> None:
+    """Rows and tokens alike, since the last bits may depend on them; how many tokens is the engine's own default."""
+    found = [changed(tmp_path, workers=given).identity for given in ({}, {"batch": 64}, {"tokens": 4096}, {"count": 3})]
+
+    assert len({*found[:3]}) == 3
+    assert found[3] == found[0]
+    assert changed(tmp_path, workers={}).file.workers.tokens == TOKENS
+
+
+def test_workers_are_set_up_as_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Template, dtype and sizes reach the worker."""
+    monkeypatch.setattr("evomerge.search.beginning.InlinePool", lambda make, limit: (make.__self__, limit))
+    given = {"pool": "inline", "batch": 7, "tokens": 99, "threads": 3, "time_limit": 5.0}
+    setup, limit = open_pool(changed(tmp_path, workers=given, dtype="bfloat16"))
+
+    assert (setup.template, setup.dtype) == (ROOT / "experiments/zoo/base", "bfloat16")
+    assert (setup.batch, setup.tokens, setup.threads, limit) == (7, 99, 3, 5.0)
+
+
+def test_a_task_of_lm_eval_is_given_the_template_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder, whose chat template is meant where the task names none; the first source's without a base."""
+    came: list[Path] = []
+
+    def harness(keys: object, name: str, near: Path, place: str, template: Path) -> Task:
+        came.append(template)
+        return read_task(ROOT / "fitness/cipher.yaml", name)
+
+    monkeypatch.setattr("evomerge.evaluation.files.harness_task", harness)
+    objectives = [{"name": "asked", "task": {"lm_eval": "arc_easy", "chat_template": True}}]
+    changed(tmp_path, objectives=objectives)
+    tasks_of(tmp_path / "experiment.yaml")
+    models = {"sources": {"cipher": str(ROOT / "experiments/zoo/cipher")}}
+    path = tmp_path / "baseless.yaml"
+    keys = yaml.safe_load((tmp_path / "experiment.yaml").read_text(encoding="utf-8"))
+    path.write_text(yaml.safe_dump(keys | {"models": models, "space": {"methods": ["linear"]}}), encoding="utf-8")
+    load(path)
+
+    zoo = ROOT / "experiments/zoo"
+    assert [folder.resolve() for folder in came] == [zoo / "base", zoo / "base", zoo / "cipher"]
+
+
+def test_a_direction_is_the_tasks_unless_said_otherwise(tmp_path: Path) -> None:
+    """A loss is minimised, right answers are maximised, and the file may turn either round."""
+    loss = {"measure": "loss", "data": str(ROOT / "fitness/zoo/cipher.jsonl"), "text": "prompt"}
+    found = changed(
+        tmp_path,
+        objectives=[
+            {"name": "loss", "task": loss},
+            {"task": "cipher"},
+            {"task": "strings", "direction": "minimize"},
+            {"property": "depth"},
+        ],
+    )
+
+    assert [o.direction for o in found.objectives] == ["minimize", "maximize", "minimize", "minimize"]
+    assert not found.tasks["loss"].bounded
+    assert reference(found)[:3] == (None, 0.0, 1.0)
+
+
+def test_the_schema_knows_every_name() -> None:
+    """Of drivers, estimators and schedules, each with its own settings and no others."""
+    properties = schema()["properties"]
+    for key, known in {"driver": DRIVERS, "estimator": ESTIMATORS, "schedule": SCHEDULES}.items():
+        options = {option["properties"]["name"]["const"]: option for option in properties[key]["oneOf"]}
+        assert list(options) == list(known)
+        for name, option in options.items():
+            assert set(option["properties"]) == {"name", *(field.name for field in fields(known[name]))}
+            assert option["additionalProperties"] is False

@@ -20,10 +20,17 @@ MODEL_MODULES = (
     "evomerge.search",
     "evomerge.export",
     "evomerge.oneoff",
+    "evomerge.banking",
 )
 #: Data in these packages that must start as light as the rest: `check` reads it.
-LIGHT_INSIDE = ("evomerge.evaluation.task", "evomerge.evaluation.jsonl", "evomerge.operators")
-HEAVY = ("torch", "transformers", "datasets", "ray", "pymoo", "optuna", "cma")
+LIGHT_INSIDE = (
+    "evomerge.evaluation.task",
+    "evomerge.evaluation.jsonl",
+    "evomerge.evaluation.files",
+    "evomerge.evaluation.harness",
+    "evomerge.operators",
+)
+HEAVY = ("torch", "transformers", "datasets", "lm_eval", "ray", "pymoo", "optuna", "cma")
 
 LINT = """
 import sys

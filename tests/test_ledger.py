@@ -68,7 +68,7 @@ EVENTS = st.one_of(
         identity=TEXT,
         seed=st.integers(),
         objectives=OBJECTIVES,
-        reference=ROWS,
+        reference=st.lists(st.none() | REALS, max_size=3).map(tuple),
         items=by_task(st.dictionaries(TEXT, st.integers(), max_size=2)),
         versions=st.dictionaries(TEXT, TEXT, max_size=2),
         time=REALS,
@@ -92,9 +92,18 @@ EVENTS = st.one_of(
         error=st.none() | TEXT,
         seconds=REALS,
     ),
-    st.builds(Fitted, banks=st.dictionaries(TEXT, JSON, max_size=2)),
+    st.builds(
+        Fitted,
+        step=st.integers(),
+        items=by_task(NUMBERS),
+        again=NUMBERS,
+        spread=by_task(REALS),
+        inflation=REALS,
+        rows=st.integers(),
+        reason=TEXT,
+    ),
     st.builds(Told, candidate=st.integers(), **MAYBE),
-    st.builds(Promoted, split=TEXT, candidates=NUMBERS),
+    st.builds(Promoted, split=TEXT, candidates=NUMBERS, estimates=st.lists(by_task(ROWS), max_size=2).map(tuple)),
     st.builds(Rescored, candidate=st.integers(), split=TEXT, **MAYBE),
     st.builds(Warned, text=TEXT),
     st.builds(Finished, front=NUMBERS, time=REALS),
@@ -238,7 +247,7 @@ def changed(event, /, **keys):
         (changed(ASKED, candidate=True), "candidate: expected int, got bool True"),
         (changed(ASKED, genome=[float("nan")]), r"genome\[0\]: expected a finite number, got nan"),
         (changed(TOLD, losses=[None]), r"losses\[0\]: expected float, got NoneType None"),
-        (changed(STARTED, form=2), "written in form 2, this evomerge reads form 1; finish the run with the version"),
+        (changed(STARTED, form=1), "written in form 1, this evomerge reads form 2; finish the run with the version"),
         (changed(STARTED, form=None), "written in form None"),
         (changed(STARTED, objectives=[{"name": "a", "direction": "up"}]), "direction must be maximize or minimize"),
     ],
@@ -337,6 +346,15 @@ def test_settled_forgets_timing_and_the_order_of_answers():
 def test_settled_keeps_every_other_difference(other):
     """Order between kinds, responses, seeds and missing events still tell two ledgers apart."""
     assert settled([STARTED, ASKED, ANSWERED]) != settled(other)
+
+
+def test_settled_keeps_the_order_of_one_candidates_answers():
+    """Whatever came between them: what a candidate is asked follows from what it answered before."""
+    rungs = [replace(ANSWERED, items={"a": (i,)}) for i in (5, 1, 3)]
+    other = replace(ANSWERED, candidate=1)
+
+    assert settled([other, *rungs]) == settled([rungs[0], other, *rungs[1:]])
+    assert settled(rungs) != settled(rungs[::-1])
 
 
 def test_settled_keeps_trailing_answers():

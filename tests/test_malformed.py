@@ -58,6 +58,7 @@ def edit(file: str, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 QUICKSTART = "experiments/quickstart.yaml"
+PROMPTS = "../fitness/zoo/cipher.jsonl"
 TENSOR = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -89,6 +90,56 @@ EXPERIMENTS: list[tuple[str, Callable[[dict[str, Any]], object], tuple[str, ...]
         "unknown driver setting",
         set_key("driver", to={"name": "nsga2", "populaton": 8}),
         ("driver.populaton", "unknown key", "did you mean 'population'?"),
+    ),
+    ("unknown estimator", set_key("estimator", "name", to="fator"), ("estimator.name", "did you mean 'factor'?")),
+    ("an estimator without a name", set_key("estimator", to={"rows": 8}), ("estimator", "key name")),
+    (
+        "unknown estimator setting",
+        set_key("estimator", to={"name": "auto", "row": 8}),
+        ("estimator.row", "unknown key", "did you mean 'rows'?"),
+    ),
+    (
+        "estimator setting too small",
+        set_key("estimator", to={"name": "auto", "rows": 1}),
+        ("estimator", "rows must be at least 2, got 1"),
+    ),
+    ("unknown schedule", set_key("schedule", "name", to="warm-up"), ("schedule.name", "did you mean 'warmup'?")),
+    ("a schedule without a name", set_key("schedule", to={"items": 8}), ("schedule.name", "missing", "race")),
+    (
+        "unknown schedule setting",
+        set_key("schedule", to={"name": "warmup", "promotes": 8}),
+        ("schedule.promotes", "unknown key", "did you mean 'promote'?"),
+    ),
+    (
+        "schedule setting out of range",
+        set_key("schedule", to={"name": "race", "alpha": 1.5}),
+        ("schedule", "'alpha' must lie between 0 and 1, got 1.5"),
+    ),
+    (
+        "schedule setting of another type",
+        set_key("schedule", to={"name": "warmup", "items": 8.5}),
+        ("schedule.items", "expected int, got float 8.5"),
+    ),
+    (
+        "a model of the items without rows to fit",
+        lambda data: data.update(estimator={"name": "factor"}, schedule={"name": "fixed", "items": 8}),
+        ("estimator.name", "'factor' is fitted to candidates", "auto, mean, stratified", "schedule warmup"),
+    ),
+    (
+        "the schedule of an estimator",
+        set_key("estimator", to={"name": "mean", "items": 12}),
+        ("estimator.items", "unknown key"),
+    ),
+    ("unknown gate", set_key("gates", to={"repetitions": 8}), ("gates.repetitions", "did you mean 'repetition'?")),
+    ("a gate out of range", set_key("gates", to={"repetition": 3}), ("gates", "0 or at least 16 tokens, got 3")),
+    ("a gate of another type", set_key("gates", to={"finite": "yes"}), ("gates.finite", "boolean", "'yes'")),
+    (
+        "a reference to no source",
+        set_key(
+            "objectives",
+            to=[{"name": "x", "task": {"measure": "kl", "data": PROMPTS, "text": "prompt", "reference": "cifer"}}],
+        ),
+        ("objectives.0", "task 'x' refers to no source 'cifer'", "did you mean 'cipher'?"),
     ),
     (
         "driver setting too small",
@@ -275,6 +326,13 @@ EXPERIMENTS: list[tuple[str, Callable[[dict[str, Any]], object], tuple[str, ...]
         ("space.routes[0].blend.method", "'liner'", "did you mean 'linear'?"),
     ),
     (
+        "a route that takes statistics without texts",
+        set_key(
+            "space", to={"methods": ["ties"], "routes": [{"blend": {"method": "fisher", "weights": {"cipher": 1}}}]}
+        ),
+        ("space: fisher takes statistics (fisher)", "give `calibration`, a file of texts"),
+    ),
+    (
         "a route of an unknown group",
         set_key(
             "space",
@@ -389,6 +447,33 @@ def _task_key(_: Path) -> tuple[str, ...]:
     return "cipher.yaml", "max_tokens", "did you mean 'max_new_tokens'?"
 
 
+def _grader(_: Path) -> tuple[str, ...]:
+    edit("fitness/cipher.yaml", lambda data: data.update(grade={"all": ["exact", "contain"]}))
+    return "cipher.yaml.grade.all[1]", "'contain'", "did you mean 'contains'?"
+
+
+def _python_grader(_: Path) -> tuple[str, ...]:
+    edit("fitness/cipher.yaml", lambda data: data.update(grade={"python": "graders.py:near"}))
+    return "cipher.yaml.grade.python", "graders.py: cannot be read"
+
+
+def _measure(_: Path) -> tuple[str, ...]:
+    edit("fitness/cipher.yaml", lambda data: data.update(measure="lenght"))
+    return "cipher.yaml.measure", "'lenght'", "did you mean 'length'?"
+
+
+def _measure_key(_: Path) -> tuple[str, ...]:
+    edit("fitness/cipher.yaml", lambda data: data.update(measure="length"))
+    return "cipher.yaml.kind", "unknown key"
+
+
+def _reference(_: Path) -> tuple[str, ...]:
+    keys = ("data", "prompt", "split")
+    keep = {key: yaml.safe_load(Path("fitness/cipher.yaml").read_text(encoding="utf-8"))[key] for key in keys}
+    Path("fitness/cipher.yaml").write_text(yaml.safe_dump({**keep, "measure": "agreement", "reference": "cypher"}))
+    return "objectives", "'cypher'", "did you mean 'cipher'?"
+
+
 def _no_config(zoo: Path) -> tuple[str, ...]:
     (zoo / "cipher/config.json").unlink()
     return "models.sources.cipher", "config.json"
@@ -451,7 +536,8 @@ def _rewrite(zoo: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 SPOILT_FILES = [
     _no_yaml, _key_twice, _key_that_is_a_list, _python_in_an_experiment, _python_in_a_task, _binary, _no_file,
-    _data_missing, _row_without_answer, _unknown_split, _task_key, _no_config, _no_tensors, _pickle, _truncated,
+    _data_missing, _row_without_answer, _unknown_split, _task_key, _grader, _python_grader, _measure, _measure_key,
+    _reference, _no_config, _no_tensors, _pickle, _truncated,
     _shard_missing, _other_shape, _tensor_missing, _other_depth, _other_tokenizer,
 ]  # fmt: skip
 
@@ -543,7 +629,7 @@ def test_merge_keys_of_yaml_are_understood() -> None:
 
 
 STARTED = (
-    '{"event":"started","form":1,"identity":"0","items":{},"objectives":[],"reference":[],"seed":0,"time":0.0,'
+    '{"event":"started","form":2,"identity":"0","items":{},"objectives":[],"reference":[],"seed":0,"time":0.0,'
     '"versions":{}}\n'
 )
 LEDGERS: list[tuple[str, str | None, tuple[str, ...]]] = [
@@ -552,7 +638,7 @@ LEDGERS: list[tuple[str, str | None, tuple[str, ...]]] = [
     ("a broken line in the middle", STARTED + '{"event":"told"\n' + STARTED, ("ledger.jsonl:2", "broken line")),
     ("an unknown event", STARTED + '{"event":"aked"}\n', ("ledger.jsonl:2", "'aked'", "did you mean 'asked'?")),
     ("an unknown key", STARTED + '{"event":"warned","txt":""}\n', ("ledger.jsonl:2", "txt", "'text'")),
-    ("another form", STARTED.replace('"form":1', '"form":9'), ("ledger.jsonl:1", "form 9", "form 1")),
+    ("another form", STARTED.replace('"form":2', '"form":9'), ("ledger.jsonl:1", "form 9", "form 2")),
     ("no ledger at all", "[1, 2]\n", ("ledger.jsonl:1", "unknown event")),
 ]
 

@@ -22,10 +22,11 @@ def test_the_interval_holds_95_percent_of_a_normal_distribution():
 
 
 def test_the_interval_stays_within_the_range_of_scores():
-    """It is cut to [0, 1], and has no width without error."""
+    """It is cut to [0, 1] where the score is, and has no width without error."""
     assert Score(value=0.02, error=0.1, items=20).interval[0] == 0.0
     assert Score(value=0.98, error=0.1, items=20).interval[1] == 1.0
     assert Score(value=0.3, error=0.0, items=20).interval == (0.3, 0.3)
+    assert Score(value=7.0, error=1.0, items=20, bounded=False).interval == pytest.approx(norm(7, 1).interval(0.95))
 
 
 @given(REALS, REALS)

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from evomerge.cli import app
 from evomerge.errors import ExportError
+from evomerge.evaluation.labelled import Choose
 from evomerge.experiment import Experiment, load
 from evomerge.export import export_models
 from evomerge.ledger import Answered, Event, Told, read, settled
@@ -37,7 +38,10 @@ SMALL: dict[str, Any] = {
     "name": "small",
     "driver": {"name": "nsga2", "population": 8},
     "budget": {"candidates": 16},
-    "estimator": {"name": "p_irt", "anchors": 10, "warmup": 6},
+    "estimator": {"name": "auto"},
+    "schedule": {
+        "name": "warmup", "random": 6, "items": 10, "promote": 1, "honest": 1, "every": 1, "elites": 0, "final": 2,
+    },
     "baselines": {"lambdas": [0.3]},
     "finalists": 4,
     "splits": {"search": 60, "validation": 60, "test": 40},
@@ -132,7 +136,7 @@ def test_exported_models_load_with_plain_transformers_and_answer_as_scored(whole
         tokenizer = AutoTokenizer.from_pretrained(folder)
         answers = recorded[entry["candidate"]].responses
         for name, task in experiment.tasks.items():
-            scorer = _choose if task.kind == "multiple_choice" else _generate
+            scorer = _choose if isinstance(task.measure, Choose) else _generate
             for item, response in list(zip(task.splits["test"], answers[name], strict=True))[:15]:
                 assert scorer(model, tokenizer, task, item) == response
 
@@ -140,11 +144,11 @@ def test_exported_models_load_with_plain_transformers_and_answer_as_scored(whole
 def _generate(model: Any, tokenizer: Any, task: Any, item: Any) -> float:
     prompt = tokenizer(item.prompt, return_tensors="pt")
     with torch.no_grad():
-        out = model.generate(**prompt, max_new_tokens=task.max_new_tokens, do_sample=False)
+        out = model.generate(**prompt, max_new_tokens=task.measure.max_new_tokens, do_sample=False)
     text = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    for stop in task.stop:
+    for stop in task.measure.stop:
         text = text.split(stop)[0]
-    return float(text.strip() == item.answer)
+    return float(text.strip() in item.answers)
 
 
 def _choose(model: Any, tokenizer: Any, task: Any, item: Any) -> float:
@@ -156,7 +160,7 @@ def _choose(model: Any, tokenizer: Any, task: Any, item: Any) -> float:
         with torch.no_grad():
             logits = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
         totals.append(sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(ids)))
-    return float(item.choices[max(range(len(totals)), key=totals.__getitem__)] == item.answer)
+    return float(item.choices[max(range(len(totals)), key=totals.__getitem__)] in item.answers)
 
 
 def test_exported_folders_hold_all_that_their_users_need(whole: tuple[Path, str]) -> None:
@@ -201,7 +205,7 @@ def test_a_model_beyond_mergekit_is_exported_with_the_reason(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "texts.txt").write_text("3+4\n5-2\nabc\n")
     line = "base | trim(0.8) | sum | relax(0.5)"
-    few = {"estimator": {"name": "mean", "items": 5}, "budget": {"candidates": 2}, "finalists": 1}
+    few = {"schedule": {"name": "fixed", "items": 5}, "budget": {"candidates": 2}, "finalists": 1}
     path = small(tmp_path, space={"methods": [line]}, calibration=str(tmp_path / "texts.txt"), **few)
     cli("run", path, "--runs", tmp_path)
     searched = open_run(tmp_path / "small").searched[0].candidate
@@ -334,7 +338,7 @@ def test_candidates_that_raise_give_nan_or_hang_are_recorded_and_the_run_complet
 def test_properties_of_the_model_are_objectives_too(tmp_path: Path) -> None:
     """`parameters` is minimised beside a task; it is the number of parameters that transformers counts."""
     objectives = [{"task": "arithmetic"}, {"property": "parameters"}]
-    path = small(tmp_path, objectives=objectives, estimator={"name": "mean", "items": 10}, budget={"candidates": 4})
+    path = small(tmp_path, objectives=objectives, schedule={"name": "fixed", "items": 10}, budget={"candidates": 4})
     printed = cli("run", path, "--runs", tmp_path)
 
     base = AutoModelForCausalLM.from_pretrained(ROOT / "experiments/zoo/base")
@@ -352,7 +356,7 @@ def test_a_task_may_be_a_name_a_path_or_the_thing_itself(tmp_path: Path) -> None
         {"task": "by_path.yaml", "name": "path"},
         {"task": given | {"data": "cipher.jsonl"}, "name": "itself"},
     ]
-    path = small(tmp_path, objectives=objectives, estimator={"name": "mean", "items": 5}, budget={"candidates": 2})
+    path = small(tmp_path, objectives=objectives, schedule={"name": "fixed", "items": 5}, budget={"candidates": 2})
     cli("run", path, "--runs", tmp_path)
 
     tasks = load(tmp_path / "small/experiment.yaml").tasks

@@ -26,7 +26,7 @@ from evomerge.ledger import (
 from evomerge.objective import Objective, Score
 from evomerge.pool import InlinePool
 from evomerge.report import Progress, render_report, render_status
-from evomerge.run import Run, open_run
+from evomerge.run import Run, corner_of, open_run
 from evomerge.search import Search, planned_items, prepare
 from tests.toy import SIZES, ToyWorker, toy
 
@@ -37,6 +37,9 @@ STARTED = Started(
     reference=(0.0, 0.0),
     items={"search": {"left": 10, "right": 10}, "validation": {"left": 5, "right": 5}, "test": {"left": 4, "right": 4}},
     versions={},
+)
+FITTED = Fitted(
+    step=0, items={"left": (0, 1, 2, 3)}, again=(), spread={"left": 1.2}, inflation=1.0, rows=7, reason="as it must"
 )
 ORIGINS = ["source"] * 3 + ["average", "arithmetic"] + ["warmup"] * 2 + ["search"] * 6
 LABELS = ["base", "a[b]", "b", "average", "lambda 0.3", "warm-up 0", "warm-up 1"] + [""] * 6
@@ -65,9 +68,7 @@ def answered(number, split, items, error=None):
     """Return an answer with so many items a task, that took two seconds."""
     rows = {} if error else dict.fromkeys(("left", "right"), (1.0,) * items)
     places = {task: tuple(range(items)) for task in rows}
-    return Answered(
-        candidate=number, split=split, items=places, responses=rows, margins={}, error=error, seconds=2.0
-    )
+    return Answered(candidate=number, split=split, items=places, responses=rows, margins={}, error=error, seconds=2.0)
 
 
 def scores(pair, items):
@@ -83,7 +84,7 @@ def searching():
     events = [STARTED]
     for number in range(13):
         if number == 7:
-            events.append(Fitted(banks={}))
+            events.append(FITTED)
         events.append(asked(number))
         items = 10 if number < 7 else 4
         if number != 10:
@@ -135,7 +136,7 @@ def test_a_run_knows_its_candidates(done):
     assert done.errors == {11: "ValueError: no", 12: "OSError: gone"}
     assert done.warnings == ["look [here]"]
     assert done.promoted["test"] == tuple(TEST)
-    assert done.fitted
+    assert done.fitted == [FITTED]
     assert done.seconds == 2.0 * (12 + 9 + 8)
     assert done.objectives == STARTED.objectives
 
@@ -208,14 +209,47 @@ def test_an_unfinished_run_has_no_front():
 
 def test_items_are_counted_step_by_step(done):
     """Seven candidates were asked 20 items, four 8; nine candidates 10 less the failure, eight 8."""
-    assert done.items == {"warm-up": 140, "search": 32, "validation": 80, "test": 64}
+    assert done.items == {"warm-up": 140, "search": 32, "promotion": 0, "validation": 80, "test": 64}
 
 
 def test_the_saving_is_counted_over_those_who_answered(done):
     """Twelve different recipes on 20 items; of the search's, four answered 8 each, whatever became of them later."""
     assert done.asking_everything() == 12 * 20
-    assert done.per_candidate() == (8.0, 20)
-    assert Run([STARTED]).per_candidate() == (0.0, 20)
+    assert done.per_candidate() == (8.0, 8.0, 20)
+    assert Run([STARTED]).per_candidate() == (0.0, 0.0, 20)
+
+
+def promoting():
+    """Return the events up to the end of a search in which 8 and 9 were asked the other 6 items of each task."""
+    events = [*searching(), Promoted(split="search", candidates=(8, 9))]
+    rest = dict.fromkeys(("left", "right"), (4, 5, 6, 7, 8, 9))
+    events += [replace(answered(number, "search", 6), items=rest) for number in (8, 9)]
+    return [*events, Told(candidate=8, **scores((0.6, 0.5), 10)), Told(candidate=9, **scores(None, 10))]
+
+
+def test_promotions_are_counted_apart():
+    """Twelve items each of two: 8 a candidate without them, 8 + 24 / 4 with them; what was told last counts."""
+    run = Run(promoting())
+
+    assert run.items == {"warm-up": 140, "search": 32, "promotion": 24, "validation": 0, "test": 0}
+    assert run.per_candidate() == (8.0, 14.0, 20)
+    assert run.losses(["search"])[8] == (-0.6, -0.5)
+    assert 9 not in run.front_so_far()
+    assert not run.promoted
+    text = shown(render_status(run))
+    assert "196 (warm-up 140, search 32, promotion 24)" in text
+    assert "a candidate after the warm-up: 8 of 20 (2.5 times fewer); 14 with those promoted (1.4 times fewer)" in text
+    assert re.search(r"estimator +as it must", text)
+    assert re.search(r"state +searching", text)
+
+
+def test_the_reference_of_a_score_without_bounds_is_the_worst_source():
+    """What is known at the beginning stays; the rest is the greatest loss among the sources, failures left out."""
+    assert corner_of((0.0, None), [(-0.5, 3.0), (-0.2, 7.0)]) == (0.0, 7.0)
+    assert corner_of((None,), []) == (0.0,)
+    run = Run([replace(STARTED, reference=(None, 0.0)), *searching()[1:]])
+    assert run.reference == (-0.1, 0.0)
+    assert run.hypervolume([7]) == pytest.approx(0.7 * 0.2)
 
 
 def test_scores_have_their_error_and_items(done):
@@ -223,6 +257,12 @@ def test_scores_have_their_error_and_items(done):
     assert done.scores(8, "search") == {task: Score(value=0.5, error=0.08, items=4) for task in ("left", "right")}
     assert done.scores(8, "validation")["left"] == Score(value=0.7, error=0.08, items=5)
     assert done.scores(11, "search") == done.scores(5, "test") == {}
+
+
+def test_a_score_without_bounds_is_known_by_its_reference():
+    """That of the ledger is not known at the beginning then."""
+    found = Run([replace(STARTED, reference=(None, 0.0)), *searching()[1:]]).scores(7, "search")
+    assert {task: score.bounded for task, score in found.items()} == {"left": False, "right": True}
 
 
 def test_a_run_is_read_from_its_folder(tmp_path):
@@ -335,7 +375,7 @@ def test_the_status_says_where_a_run_is():
     text = shown(render_status(Run(events[:first])))
     assert "12 scored, of these 5 by the driver; 1 failed" in text
     assert "5 candidates, hypervolume 0.3725 (estimated)" in text  # 0.37 and 0.05 x 0.05
-    assert "172 (warm-up 140, search 32, validation 0, test 0)" in text
+    assert "172 (warm-up 140, search 32)" in text
     assert re.search(r"worker time +24 s", text)
     assert shown(render_report(Run(events[:first]))) == text
 
@@ -365,7 +405,7 @@ def clock(monkeypatch):
     return clock
 
 
-PLAN = {"warm-up": 140, "search": 48, "validation": 100, "test": 64}
+PLAN = {"warm-up": 140, "search": 48, "promotion": 0, "validation": 100, "test": 64}
 
 
 def feed(progress, events, replayed=False):
@@ -416,6 +456,17 @@ def test_time_left_counts_the_steps_ahead_only(clock):
     assert progress.left == 0.0
 
 
+def test_promotions_that_are_ahead_are_waited_for(clock):
+    """They belong to the search, so that what was planned of them and not asked is left."""
+    progress = Progress(PLAN | {"promotion": 100}, 6)
+    progress.start()
+    feed(progress, promoting())
+    clock.now += 19.6
+
+    assert progress.step == "search"
+    assert progress.left == pytest.approx((48 - 32 + 100 - 24 + 100 + 64) / 10)
+
+
 def test_a_step_that_asked_more_than_planned_has_nothing_left(clock):
     """The plan never makes time left negative."""
     progress = Progress(PLAN | {"search": 10}, 6)
@@ -458,7 +509,7 @@ def test_a_real_ledger_gives_the_numbers_of_another_library(conducted):
 
     assert run.hypervolume(run.front(), "test") == pytest.approx(moocore_hypervolume(losses, ref=[0.0, 0.0]))
     assert sum(run.items.values()) == sum(len(row) for event in answers for row in event.responses.values())
-    assert run.per_candidate() == (16.0, 2 * SIZES["search"])
+    assert run.per_candidate()[2] == 2 * SIZES["search"]
     assert run.asking_everything() == 2 * SIZES["search"] * len({event.recipe for event in run.asked})
     assert set(run.select("extremes")) | set(run.select("knee")) <= set(run.select("all"))
 

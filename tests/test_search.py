@@ -1,4 +1,4 @@
-"""The search loop on a toy problem: what it records, how it resumes, what failures do to it."""
+"""The search loop on a toy problem: what it records and asks, how it resumes, what failures do to it."""
 
 import random
 from collections.abc import Sequence
@@ -12,6 +12,9 @@ import pytest
 from evomerge.drivers import Driver, Problem, Random
 from evomerge.errors import EvomergeError, LedgerError
 from evomerge.experiment import Experiment
+from evomerge.fitness.estimator import Fit
+from evomerge.fitness.responses import Responses
+from evomerge.fitness.sampling import Stratified
 from evomerge.ledger import (
     Answered,
     Asked,
@@ -27,15 +30,22 @@ from evomerge.ledger import (
     read,
     settled,
 )
+from evomerge.objective import Losses
 from evomerge.pareto import dominates, hypervolume
 from evomerge.pool import Answer, InlinePool, Job, Pool
 from evomerge.run import Run
 from evomerge.search import Search, measure_pace, planned, planned_items, prepare, reference
 from evomerge.spaces.blend import Range
 from evomerge.value import value as frozen
-from tests.toy import SIZES, TASKS, ShufflingPool, ToyWorker, difficulty, quality, toy
+from tests.toy import LENGTH, SIZES, TASKS, WARMUP, ShufflingPool, ToyWorker, difficulty, quality, toy
 
 DRIVERS = ("nsga2", "cma", "tpe", "random")
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the wait for the disk, which only a power cut could tell from the real thing."""
+    monkeypatch.setattr("evomerge.ledger.os.fsync", lambda handle: None)
 
 
 def conduct(
@@ -60,20 +70,191 @@ def of(events: Sequence[Event], kind: type[Any]) -> list[Any]:
     return [event for event in events if isinstance(event, kind)]
 
 
+#: The schedules, small: few items, and every kind of step.
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "fixed": {"name": "fixed", "items": 12},
+    "warmup": WARMUP,
+    "race": {"name": "race", "first": 4, "alpha": 0.5},
+}
+
+
+def large(experiment: Experiment) -> Experiment:
+    """Return the experiment with many search items."""
+    return replace(experiment, tasks={name: task.cut({"search": 400}) for name, task in experiment.tasks.items()})
+
+
+def asked_of(events: Sequence[Event], number: int, split: str = "search") -> dict[str, list[int]]:
+    """Return what a candidate was asked of a split, in order, by task."""
+    found: dict[str, list[int]] = {task: [] for task in TASKS}
+    for event in of(events, Answered):
+        if event.candidate == number and event.split == split:
+            for task in event.responses:
+                found[task] += event.items.get(task, range(SIZES[split]))
+    return found
+
+
 def test_a_run_goes_through_all_its_steps(tmp_path: Path) -> None:
-    """Baselines and warm-up are asked everything, the search few items, finalists held-out ones, the front the test."""
+    """Baselines and warm-up are asked everything, the search few items, some the rest, finalists held-out ones."""
     events = conduct(toy(), tmp_path)
     run = Run(events)
 
     origins = [event.origin for event in run.asked]
     assert origins == ["source"] * 3 + ["average"] + ["arithmetic"] * 2 + ["warmup"] * 10 + ["search"] * 24
-    for answer in of(events, Answered):
-        sizes = {task: len(responses) for task, responses in answer.responses.items()}
-        searched = answer.split == "search" and run.asked[answer.candidate].origin == "search"
-        assert sizes == dict.fromkeys(TASKS, 8 if searched else SIZES[answer.split])
-    assert [event.split for event in of(events, Promoted)] == ["validation", "test"]
+    for number in range(16):
+        assert asked_of(events, number) == {task: list(range(60)) for task in TASKS}
+    assert [event.split for event in of(events, Promoted)] == ["search", "search", "validation", "test"]
+    assert [event.step for event in of(events, Fitted)] == [0, 1, 2]
     assert isinstance(events[-1], Finished)
-    assert len(of(events, Fitted)) == 1
+
+
+def test_a_generation_shares_its_items(tmp_path: Path) -> None:
+    """Its candidates are asked what was chosen for it, so are its elites, and the next one is asked others."""
+    events = conduct(toy(), tmp_path)
+    fitted = of(events, Fitted)
+
+    for event in fitted:
+        assert sum(map(len, event.items.values())) == 2 * 8
+        for number in range(16 + 8 * event.step, 24 + 8 * event.step):
+            own = asked_of(events, number)
+            assert all(own[task][: len(event.items.get(task, ()))] == list(event.items.get(task, ())) for task in TASKS)
+        for number in event.again:
+            own = asked_of(events, number)
+            assert all(set(own[task]) >= set(event.items.get(task, ())) for task in TASKS)
+    assert fitted[0].again == ()
+    assert len({number for event in fitted for number in event.again}) >= 2
+    assert len({str(event.items) for event in fitted}) == 3
+
+
+def test_nobody_is_asked_an_item_twice(tmp_path: Path) -> None:
+    """However often a candidate is asked, its questions are new; who was promoted has answered them all."""
+    for name, schedule in SCHEDULES.items():
+        events = conduct(toy(schedule=schedule, budget={"candidates": 16}), tmp_path / name)
+        for event in of(events, Asked):
+            for split in SIZES:
+                for places in asked_of(events, event.candidate, split).values():
+                    assert len(set(places)) == len(places)
+        for event in of(events, Promoted):
+            for number in event.candidates:
+                assert {len(own) for own in asked_of(events, number, event.split).values()} == {SIZES[event.split]}
+
+
+def test_a_warm_up_asks_what_its_settings_add_up_to(tmp_path: Path) -> None:
+    """(6 + 10) x 120 items, 24 x 16, floor(3 / 2) x (1 + 2) + 3 times the 104 that are left, as was planned."""
+    schedule = WARMUP | {"promote": 1, "honest": 2, "elites": 0, "final": 3}
+    experiment = toy(schedule=schedule)
+    run = Run(conduct(experiment, tmp_path))
+
+    assert run.items["warm-up"] == 16 * 120
+    assert run.items["search"] == 24 * 16
+    assert run.items["promotion"] == (1 * (1 + 2) + 3) * (120 - 16)
+    assert run.per_candidate() == (16.0, 16.0 + 6 * 104 / 24, 120)
+
+
+def test_the_best_are_compared_at_the_end_on_items_that_no_fit_has_chosen(tmp_path: Path) -> None:
+    """Six answer the same 20 items a task, are told the means of those, and finalists come from them alone."""
+    schedule = WARMUP | {"promote": 0, "honest": 0, "elites": 0, "final": 1, "closing": 6, "closing_items": 20}
+    experiment = toy(schedule=schedule, finalists=3)
+    events = conduct(experiment, tmp_path)
+    closing, finalists = of(events, Promoted)[-3:-1]
+
+    assert (closing.split, len(closing.candidates)) == ("search", 6)
+    assert {task: len(set(places)) for task, places in closing.items.items()} == dict.fromkeys(TASKS, 20)
+    assert {i for i in finalists.candidates if of(events, Asked)[i].origin == "search"} <= set(closing.candidates)
+    last = {event.candidate: event for event in of(events, Told)}
+    for number in closing.candidates:
+        given: dict[str, dict[int, float]] = {task: {} for task in TASKS}
+        for answer in of(events, Answered):
+            if answer.candidate == number and answer.split == "search":
+                for task, responses in answer.responses.items():
+                    places = answer.items.get(task, range(SIZES["search"]))
+                    given[task] |= dict(zip(places, responses, strict=True))
+        for task in TASKS:
+            full = len(given[task]) == SIZES["search"]
+            counted = list(given[task].values()) if full else [given[task][i] for i in closing.items[task]]
+            assert last[number].scores[task][0] == pytest.approx(np.mean(counted))
+    most = 1 * (120 - 16) + 6 * 2 * 20
+    assert Run(events).items["promotion"] <= most <= planned_items(experiment)["promotion"] < most + 1 + 6
+
+
+def test_promoted_candidates_are_the_best_by_estimate_and_one_by_chance(tmp_path: Path) -> None:
+    """The one chosen dominates the most volume of the generation by what was thought of it; scores are then exact."""
+    experiment = toy("random", schedule=WARMUP | {"elites": 0, "every": 1, "final": 0})
+    events = conduct(experiment, tmp_path)
+    run = Run(events)
+    promoted = [event for event in of(events, Promoted) if event.split == "search"]
+
+    assert len(promoted) == 4
+    for step, event in enumerate(promoted):
+        batch = range(16 + 6 * step, 22 + 6 * step)
+        assert len(event.candidates) == 2
+        assert set(event.candidates) <= set(batch)
+        for number, thought in zip(event.candidates, event.estimates, strict=True):
+            genome = run.asked[number].genome
+            assert genome is not None
+            recipe = experiment.space.decode(genome)
+            for task in TASKS:
+                right = [quality(recipe, task) > difficulty(task, "search", i) for i in range(60)]
+                assert run.told[number].scores[task][0] == pytest.approx(np.mean(right))
+                assert abs(thought[task][0] - np.mean(right)) < 0.3
+                assert thought[task][1] > 0
+
+
+def test_the_unpromoted_are_scored_with_what_promotion_taught(tmp_path: Path) -> None:
+    """Scores of few items are near the truth, have an error, and say on how many items they rest."""
+    auto = {"name": "auto", "rows": 12}
+    experiment = large(toy("random", WARMUP | {"every": 2, "items": 30}, auto, budget={"candidates": 12}))
+    run = Run(conduct(experiment, tmp_path))
+    off = []
+    for event in run.searched:
+        assert event.genome is not None
+        recipe = experiment.space.decode(event.genome)
+        for task in TASKS:
+            value, error, items = run.told[event.candidate].scores[task]
+            truth = np.mean([quality(recipe, task) > difficulty(task, "search", i) for i in range(400)])
+            off.append((value - truth) / error)
+            assert 0 < error < 0.3
+            assert items >= 5
+    assert np.mean(np.abs(off) < 2.5) > 0.9
+
+
+def test_a_race_asks_fewer_items_and_finds_as_good_a_front(tmp_path: Path) -> None:
+    """The dominated stop on the way, the front has answered everything, and its volume is that of asking all."""
+    settings: dict[str, Any] = {"budget": {"candidates": 48}}
+    races = large(toy("random", {"name": "race", "first": 10}, **settings))
+    events = conduct(races, tmp_path / "race")
+    run = Run(events)
+    whole = Run(conduct(large(toy("random", {"name": "fixed"}, **settings)), tmp_path / "all"))
+
+    assert run.items["search"] < 0.8 * whole.items["search"]
+    assert all(run.told[i].scores["left"][2] == 400 for i in run.front_so_far() if run.asked[i].origin == "search")
+    volumes = [found.hypervolume(found.models(), "test") for found in (run, whole)]
+    assert volumes[0] == pytest.approx(volumes[1], rel=0.05)
+
+
+def test_a_task_without_bounds_is_estimated_by_its_mean(tmp_path: Path) -> None:
+    """Its score is the mean of its own items, in its unit, and its reference point the worst of the sources."""
+    experiment = toy(tasks=(*TASKS, LENGTH))
+    events = conduct(experiment, tmp_path)
+    run = Run(events)
+    sources = [run.told[i].scores[LENGTH][0] for i in range(3)]
+
+    assert reference(experiment) == (0.0, 0.0, None)
+    assert run.reference == (0.0, 0.0, max(sources))
+    for event in run.searched:
+        rows = [e for e in of(events, Answered) if e.candidate == event.candidate and e.split == "search"]
+        found = [amount for row in rows for amount in row.responses.get(LENGTH, ())]
+        told = run.told[event.candidate]
+        assert told.losses is not None
+        assert told.losses[2] == pytest.approx(np.mean(found))
+        assert told.scores[LENGTH][1] > 0
+
+
+def test_margins_are_taken_where_there_are_any(tmp_path: Path) -> None:
+    """They stand in the ledger with the answers, and a run with them goes through all its steps."""
+    events = conduct(toy(), tmp_path, ToyWorker(margins=True))
+
+    assert all(set(event.margins) == set(event.responses) for event in of(events, Answered))
+    assert isinstance(events[-1], Finished)
 
 
 def test_scores_of_full_answers_are_the_fraction_of_items_below_the_ability(tmp_path: Path) -> None:
@@ -109,26 +290,39 @@ def test_the_search_beats_its_baselines(tmp_path: Path) -> None:
     assert run.hypervolume(run.models(), "test") > run.hypervolume(rivals, "test")
 
 
-@pytest.fixture
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the wait for the disk, which only a power cut could tell from the real thing."""
-    monkeypatch.setattr("evomerge.ledger.os.fsync", lambda handle: None)
-
-
 #: The smallest run that has every step, and more than one generation.
 SMALL: dict[str, Any] = {"budget": {"candidates": 14}, "finalists": 2, "baselines": {"lambdas": [0.3]}}
-ESTIMATORS = {"nsga2": {"name": "p_irt", "anchors": 4, "warmup": 4}}
+#: Each driver under a schedule, and each schedule under a driver that may revise.
+COURSES = [
+    ("nsga2", "warmup"),
+    ("nsga2", "race"),
+    ("nsga2", "fixed"),
+    ("cma", "warmup"),
+    ("tpe", "race"),
+    ("random", "warmup"),
+]
 
 
-@pytest.mark.usefixtures("no_fsync")
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_a_run_killed_after_any_event_ends_as_the_uninterrupted_one(driver: str, tmp_path: Path) -> None:
+def course(driver: str, schedule: str) -> Experiment:
+    """Return the smallest experiment that has every step of the schedule."""
+    more = {"random": 4, "items": 4, "elites": 2, "closing": 5, "closing_items": 9} if schedule == "warmup" else {}
+    auto = {"name": "auto", "rows": 9}
+    return toy(driver, SCHEDULES[schedule] | more, auto if (driver, schedule) == ("nsga2", "warmup") else None, **SMALL)
+
+
+def kept(events: Sequence[Event]) -> set[str]:
+    """Return what was answered, as text that tells one question from another."""
+    return {f"{e.candidate} {e.split} {sorted(e.items.items())}" for e in of(events, Answered)}
+
+
+@pytest.mark.parametrize(("driver", "schedule"), COURSES)
+def test_a_run_killed_after_any_event_ends_as_the_uninterrupted_one(driver: str, schedule: str, tmp_path: Path) -> None:
     """Cut anywhere, with or without a torn line, the ledger grows to the same, and nothing is asked twice."""
-    experiment = toy(driver, ESTIMATORS.get(driver, {"name": "mean"}), **SMALL)
+    experiment = course(driver, schedule)
     whole = conduct(experiment, tmp_path / "whole")
-    rng = random.Random(driver)
+    rng = random.Random(driver + schedule)
 
-    for cut in sorted(rng.sample(range(len(whole)), 25)):
+    for cut in sorted(rng.sample(range(len(whole)), 9)):
         folder = tmp_path / f"cut{cut}"
         cut_ledger(tmp_path / "whole/ledger.jsonl", folder / "ledger.jsonl", cut, rng.choice([0, 1, 40, 2000]))
         worker = ToyWorker()
@@ -136,22 +330,91 @@ def test_a_run_killed_after_any_event_ends_as_the_uninterrupted_one(driver: str,
         resumed = conduct(experiment, folder, worker)
 
         assert settled(resumed) == settled(whole)
-        answered = {(event.candidate, event.split) for event in of(whole[:cut], Answered)}
-        assert answered.isdisjoint((job.candidate, job.split) for job in worker.jobs)
-        assert len(worker.jobs) == len(of(whole, Answered)) - len(answered)
+        assert len(worker.jobs) == len(of(whole, Answered)) - len(of(whole[:cut], Answered))
+        assert len(kept(resumed)) == len(of(resumed, Answered))
 
 
-@pytest.mark.usefixtures("no_fsync")
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_the_order_in_which_answers_arrive_changes_nothing(driver: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("driver", "schedule"), COURSES)
+def test_the_order_in_which_answers_arrive_changes_nothing(driver: str, schedule: str, tmp_path: Path) -> None:
     """Three workers that answer out of order leave the ledger of one, but for the order of answers."""
-    experiment = toy(driver, ESTIMATORS.get(driver, {"name": "mean"}), **SMALL)
+    experiment = course(driver, schedule)
     whole = conduct(experiment, tmp_path / "one")
 
     for seed in range(2):
         shuffled = conduct(experiment, tmp_path / str(seed), pool=ShufflingPool(ToyWorker(), seed))
         assert settled(shuffled) == settled(whole)
         assert [line(event) for event in shuffled] != [line(event) for event in whole]
+
+
+FITS: list[int] = []
+
+
+@frozen
+class Counting:
+    """Settings of an estimator that counts how often it is fitted."""
+
+    def fit(self, responses: Responses, seed: int) -> Fit:
+        """Count, and fit another one."""
+        FITS.append(len(responses.values_MN))
+        return Stratified().fit(responses, seed)
+
+
+def test_a_replay_fits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All decisions of a run that is finished come from its ledger; half of one is fitted from its middle on."""
+    monkeypatch.setattr("evomerge.experiment.resolving.plain_estimator", lambda estimator: "counting")
+    experiment = replace(toy(schedule=WARMUP | {"every": 1}), estimator=Counting())
+    whole = conduct(experiment, tmp_path / "whole")
+    needed = len(FITS)
+    FITS.clear()
+    conduct(experiment, tmp_path / "whole")
+    assert not FITS
+
+    middle = next(i for i, event in enumerate(whole) if isinstance(event, Fitted) and event.step == 2)
+    cut_ledger(tmp_path / "whole/ledger.jsonl", tmp_path / "half/ledger.jsonl", middle)
+    conduct(experiment, tmp_path / "half")
+    assert 0 < len(FITS) < needed
+
+
+def test_elites_are_told_again_and_drivers_learn_of_it(tmp_path: Path) -> None:
+    """Who is asked again has a second score that rests on more items, and the driver is told that one."""
+    LEARNED.clear()
+    experiment = replace(toy(schedule=WARMUP | {"promote": 0, "honest": 0}), driver=Listening())
+    events = conduct(experiment, tmp_path)
+    again = [number for event in of(events, Fitted) for number in event.again]
+    told: dict[int, list[Told]] = {}
+    for event in of(events, Told):
+        told.setdefault(event.candidate, []).append(event)
+
+    assert again
+    second = [told[number][1 + again[:i].count(number)].losses for i, number in enumerate(again)]
+    assert [(number - 16, losses) for number, losses in zip(again, second, strict=True)] == LEARNED
+    for number in again:
+        sums = [sum(items for _, _, items in event.scores.values()) for event in told[number]]
+        assert sums == sorted(set(sums))
+
+
+LEARNED: list[tuple[int, Losses | None]] = []
+
+
+@frozen
+class Listening:
+    """Settings of a random driver that notes what is revised."""
+
+    def generation(self, axes: int) -> int:
+        """Return six."""
+        return 6
+
+    def start(self, problem: Problem) -> Driver:
+        """Return a driver whose `revise` is noted."""
+        driver = Random(batch=6).start(problem)
+        revise = driver.revise
+
+        def noted(index: int, losses: Losses | None) -> None:
+            LEARNED.append((index, losses))
+            revise(index, losses)
+
+        driver.revise = noted  # type: ignore[method-assign]  # a listener
+        return driver
 
 
 def test_other_seeds_search_elsewhere(tmp_path: Path) -> None:
@@ -176,14 +439,62 @@ def test_failed_candidates_are_recorded_with_their_reason(tmp_path: Path) -> Non
     assert failed.isdisjoint(run.front())
 
 
+def test_who_fails_when_promoted_has_failed(tmp_path: Path) -> None:
+    """What could not answer the rest of the items is told as failed, is fitted to nobody, and the run goes on."""
+
+    def fail(job: Job) -> str | None:
+        return "no" if job.candidate >= 16 and sum(map(len, job.items.values())) > 60 else None
+
+    events = conduct(toy(schedule=WARMUP | {"every": 1}), tmp_path, ToyWorker(fail))
+    run = Run(events)
+    promoted = {i for event in of(events, Promoted) if event.split == "search" for i in event.candidates}
+
+    assert len(promoted) >= 6
+    assert all(run.told[i].losses is None for i in promoted)
+    assert {event.rows for event in of(events, Fitted)} == {16}
+    assert promoted.isdisjoint(run.promoted["validation"])
+    assert run.finished is not None
+
+
+def test_an_elite_that_fails_when_asked_again_is_dropped(tmp_path: Path) -> None:
+    """It is told once more, as failed, and neither promoted nor a finalist."""
+    seen: set[int] = set()
+
+    def fail(job: Job) -> str | None:
+        again = job.split == "search" and job.candidate in seen and job.candidate >= 16
+        seen.add(job.candidate)
+        return "no" if again else None
+
+    events = conduct(toy(schedule=WARMUP | {"promote": 0, "honest": 0, "final": 0}), tmp_path, ToyWorker(fail))
+    run = Run(events)
+    dropped = {number for event in of(events, Fitted) for number in event.again}
+
+    assert dropped
+    assert all(run.told[number].losses is None for number in dropped)
+    assert dropped.isdisjoint(run.promoted["validation"])
+
+
+def test_a_warm_up_that_fails_in_part_is_fitted_to_the_rest(tmp_path: Path) -> None:
+    """A source and random genomes that fail are no rows; the search goes on with the others."""
+
+    def fail(job: Job) -> str | None:
+        return "no" if job.candidate in (1, 7, 8, 9) else None
+
+    for name, schedule in SCHEDULES.items():
+        run = Run(conduct(toy(schedule=schedule), tmp_path / name, ToyWorker(fail)))
+        assert run.finished is not None
+        assert all(event.rows == 0 or 1 not in run.front() for event in run.fitted)
+
+
 def test_a_generation_that_fails_as_a_whole_does_not_end_the_search(tmp_path: Path) -> None:
     """Eight candidates in a row fail and the search still spends its budget."""
 
     def fail(job: Job) -> str | None:
         return "no" if 16 <= job.candidate < 24 else None
 
-    for driver in DRIVERS:
-        run = Run(conduct(toy(driver), tmp_path / driver, ToyWorker(fail)))
+    for driver, schedule in COURSES:
+        experiment = toy(driver, SCHEDULES[schedule])
+        run = Run(conduct(experiment, tmp_path / f"{driver} {schedule}", ToyWorker(fail)))
         assert len(run.searched) == 24
         assert run.finished is not None
 
@@ -225,9 +536,10 @@ def test_equal_recipes_are_evaluated_once(tmp_path: Path) -> None:
     assert len([job for job in worker.jobs if job.split == "search"]) == len({event.recipe for event in again})
 
 
-def test_the_mean_estimator_needs_no_warm_up(tmp_path: Path) -> None:
-    """With `mean` every candidate is asked the same random subset."""
-    run = Run(events := conduct(toy(estimator={"name": "mean", "items": 12}), tmp_path))
+@pytest.mark.parametrize("estimator", ["mean", "stratified", "auto"])
+def test_a_fixed_schedule_needs_no_warm_up(estimator: str, tmp_path: Path) -> None:
+    """Every candidate is asked the same random subset, and nobody more."""
+    run = Run(events := conduct(toy(schedule=SCHEDULES["fixed"], estimator={"name": estimator}), tmp_path))
 
     assert {event.origin for event in run.asked} == {"source", "average", "arithmetic", "search"}
     items = [tuple(event.items["left"]) for event in of(events, Answered) if event.split == "search"]
@@ -237,10 +549,11 @@ def test_the_mean_estimator_needs_no_warm_up(tmp_path: Path) -> None:
 
 def test_planned_items_are_an_upper_bound(tmp_path: Path) -> None:
     """No step asks more items than was said before the run."""
-    for estimator in ({"name": "mean"}, {"name": "p_irt", "anchors": 8, "warmup": 10}):
-        experiment = toy(estimator=estimator)
-        run = Run(conduct(experiment, tmp_path / str(estimator["name"])))
+    for driver, name in [*COURSES, ("nsga2", "all")]:
+        experiment = toy(driver, SCHEDULES.get(name, {"name": "fixed"}))
+        run = Run(conduct(experiment, tmp_path / f"{driver} {name}"))
         asked, planned = dict(run.items), planned_items(experiment)
+        assert list(asked) == list(planned)
         assert all(asked[step] <= planned[step] for step in planned)
 
 
@@ -407,8 +720,8 @@ def test_the_driver_starts_from_all_that_is_known(tmp_path: Path) -> None:
 
 def test_finalists_are_the_searchs_own_and_nobody_is_asked_twice(tmp_path: Path) -> None:
     """Validation is asked of every baseline and of as many others as the experiment says, once each."""
-    few = of(conduct(toy(), tmp_path / "few"), Promoted)[0].candidates
-    everyone = of(conduct(toy(finalists=100), tmp_path / "all"), Promoted)[0].candidates
+    few = Run(conduct(toy(), tmp_path / "few")).promoted["validation"]
+    everyone = Run(conduct(toy(finalists=100), tmp_path / "all")).promoted["validation"]
 
     assert len(set(few)) == len(few) == 6 + 4
     assert set(few) >= set(range(6))
@@ -428,5 +741,11 @@ def test_the_identity_counts_what_decides_and_nothing_else() -> None:
         {"seed": 4},
         {"finalists": 5},
         {"baselines": {"lambdas": [0.2]}},
+        {"schedule": {"name": "race"}},
+        {"schedule": WARMUP | {"items": 9}},
+        {"estimator": {"name": "mean"}},
+        {"estimator": {"name": "stratified", "unanimous": 0.5}},
+        {"gates": {"finite": False}},
+        {"tasks": (*TASKS, LENGTH)},
     ]
     assert len({toy(**change).identity for change in others} | {identity}) == len(others) + 1

@@ -10,7 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evomerge.errors import ModelError, TaskError
-from evomerge.evaluation.task import Item, Task
+from evomerge.evaluation.gates import Gates
+from evomerge.evaluation.items import Item
+from evomerge.evaluation.jsonl import JsonlTask
+from evomerge.evaluation.labelled import Choose, Generate
+from evomerge.evaluation.texts import Divergence
+from evomerge.evaluation.unlabelled import Agreement
 from evomerge.pool import InlinePool, Job, RayPool
 from evomerge.recipe import Blend, Recipe, Route, Source, copy_of
 from evomerge.worker import WorkerSetup
@@ -18,12 +23,12 @@ from tests.evaluation.tiny import make_model, save
 
 DEPTH = 3
 NAMES = ("base", "left", "right")
-SUMS = Task(
+SUMS = JsonlTask(
     name="sums",
-    kind="multiple_choice",
+    measure=Choose(),
     splits={
         split: tuple(
-            Item(id=f"{split}{i}", prompt=f"{start + i}+1=", answer=str(i % 4), choices=("0", "1", "2", "3"))
+            Item(id=f"{split}{i}", prompt=f"{start + i}+1=", answers=(str(i % 4),), choices=("0", "1", "2", "3"))
             for i in range(20)
         )
         for start, split in ((10, "search"), (50, "validation"))
@@ -39,7 +44,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def words(folders) -> Task:
+def words(folders) -> JsonlTask:
     """Return a task of greedy generation that the source `left` answers rightly, by transformers' own account."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,8 +55,8 @@ def words(folders) -> Task:
         ids = tokenizer(f"word {i * 37}", return_tensors="pt")["input_ids"]
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
         text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        items.append(Item(id=f"w{i}", prompt=f"word {i * 37}", answer=text))
-    return Task(name="words", kind="generate", splits={"search": tuple(items)}, max_new_tokens=5)
+        items.append(Item(id=f"w{i}", prompt=f"word {i * 37}", answers=(text,)))
+    return JsonlTask(name="words", measure=Generate(max_new_tokens=5), splits={"search": tuple(items)})
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +124,7 @@ def test_margins_are_those_of_the_merged_model(worker, folders):
         with torch.no_grad():
             log_p = model(**tokenizer(item.prompt, return_tensors="pt")).logits[0, -1].log_softmax(-1)
         of = {choice: float(log_p[tokenizer.convert_tokens_to_ids(choice)]) for choice in item.choices}
-        assert margin == pytest.approx(of.pop(item.answer) - max(of.values()), abs=1e-3)
+        assert margin == pytest.approx(of.pop(item.answers[0]) - max(of.values()), abs=1e-3)
         assert value == float(margin > 0)
 
 
@@ -155,22 +160,22 @@ def test_a_recipe_that_is_live_is_not_built_again(setup, monkeypatch):
 
     worker.answer(job(blended(0.4, 0.4), sums=(0, 1)))
     worker.answer(job(blended(0.4, 0.4), sums=(2, 3)))
-    assert len(loads) == 1
+    assert len(loads) == 2  # the template before the first, for the gates
     worker.answer(job(blended(1e39, 0.4)))
     worker.answer(job(blended(0.4, 0.4), sums=(0, 1)))
-    assert len(loads) == 3
+    assert len(loads) == 4
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
         (job(blended(1e39, 0.0)), "not finite"),
-        (job(blended(1e30, 0.0)), "CandidateError: task 'sums': "),
+        (job(blended(1e30, 0.0)), "CandidateError: gate: "),
         (job(replace(blended(0.4, 0.4), layers=blended(0.4, 0.4).layers[:2])), "ModelError: "),
         (job(copy_of(source("lefd"), DEPTH, "float32")), "did you mean 'left'?"),
         (job(blended(0.4, 0.4), sumz=(0,)), "TaskError: task 'sumz' is not among the worker's; did you mean 'sums'?"),
         (job(blended(0.4, 0.4), sums=(20,)), "TaskError: task 'sums': split 'search' has 20 items, none at place 20"),
-        (job(blended(0.4, 0.4), split="test", sums=(0,)), "TaskError: task 'sums': no split 'test'"),
+        (job(blended(0.4, 0.4), split="test", sums=(0,)), "TaskError: task 'sums': split 'test' has 0 items"),
     ],
 )
 def test_what_goes_wrong_is_in_the_answer(worker, asked, message):
@@ -377,3 +382,107 @@ def test_without_a_compiler_a_worker_merges_plainly(setup, monkeypatch, tmp_path
 
     assert worker._lines is None
     assert worker.answer(job(CANDIDATES[1], sums=(0,))).error is None
+
+
+def plain_items(count: int) -> tuple[Item, ...]:
+    """Return prompts without labels."""
+    return tuple(Item(id=f"p{i}", prompt=f"word {i * 37} of a text") for i in range(count))
+
+
+def log_probabilities(folder: Path, text: str) -> torch.Tensor:
+    """Return what a model in a folder says before each token of a text, by plain transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return model(ids).logits[0, :-1].double().log_softmax(-1)
+
+
+def test_a_reference_is_asked_with_its_own_weights(setup, folders, monkeypatch):
+    """Divergence from a source is 0 for it and the formula's for others; it is asked once, whatever jobs come."""
+    splits = {"search": plain_items(6), "validation": plain_items(7)[6:]}
+    task = JsonlTask(name="near", measure=Divergence(reference="left", top=48), splits=splits)
+    worker = replace(setup, tasks={"near": task, "sums": SUMS}).make()
+    loads = []
+    load = worker._engine.load
+    monkeypatch.setattr(worker._engine, "load", lambda stream: loads.append(1) or load(stream))
+
+    same = worker.answer(job(copy_of(source("left"), DEPTH, "float32"), near=(0, 3)))
+    worker.answer(job(blended(0.3, 0.4), sums=(0,)))
+    before = len(loads)
+    other = worker.answer(job(copy_of(source("right"), DEPTH, "float32"), near=(3, 5)))
+
+    assert len(loads) == before + 1
+    assert same.responses["near"] == pytest.approx((0.0, 0.0), abs=1e-6)
+    for place, response in zip((3, 5), other.responses["near"], strict=True):
+        p, q = (log_probabilities(folders[name], splits["search"][place].prompt) for name in ("left", "right"))
+        assert response == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    fresh = replace(setup, tasks={"near": task, "sums": SUMS}).make()
+    assert fresh.answer(job(copy_of(source("right"), DEPTH, "float32"), near=(5,))).responses["near"] == (
+        pytest.approx(other.responses["near"][1:], abs=1e-6)
+    )
+    assert worker.answer(job(blended(0.3, 0.4), split="validation", near=(0,))).error is None
+
+
+@pytest.mark.parametrize(
+    ("reference", "asked", "message"),
+    [
+        ("lefd", "near", "TaskError: task 'near': its reference 'lefd' is not among the sources; did you mean 'left'?"),
+        ("broken", "near", "TaskError: the reference 'broken' cannot answer: task 'near': "),
+        ("left", "far", "TaskError: task 'far' is not among"),
+    ],
+)
+def test_a_reference_that_cannot_answer_is_bad_input(setup, folders, tmp_path, reference, asked, message):
+    """A reference that is no source, or a broken one, is no fault of the candidate."""
+    broken = save(tmp_path / "broken", make_model(seed=1))
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"] *= 1e38
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    task = JsonlTask(name="near", measure=Agreement(reference=reference), splits={"search": plain_items(6)})
+    tasks, sources = {"near": task}, {**folders, "broken": broken}
+
+    answer = replace(setup, tasks=tasks, sources=sources).make().answer(job(blended(0.4, 0.4), **{asked: (0,)}))
+
+    assert answer.error.startswith(message)
+
+
+def looping(folder: Path) -> Path:
+    """Write a model that says one letter for ever: its last layers add nothing, and the head knows one row."""
+    model = make_model(seed=1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                weight.zero_()
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[20] = model.model.norm.weight
+        model.model.embed_tokens.weight.abs_()
+    return save(folder, model)
+
+
+def test_a_merge_that_repeats_itself_fails_unless_the_template_does(setup, folders, tmp_path, capsys):
+    """Endless repetition fails merges; of a source it is a warning, and of the template it takes the gate away."""
+    left = Recipe(
+        sources=(source("left"), source("right")),
+        base=None,
+        routes=(Route(blend=Blend(method="linear", weights={"left": 1.0, "right": 0.0}, parameters={})),),
+        layers=tuple(range(DEPTH)),
+        dtype="float32",
+    )
+    sources = {**folders, "left": looping(tmp_path / "left")}
+    worker = replace(setup, sources=sources).make()
+
+    merge = worker.answer(job(left))
+    again = worker.answer(job(left))
+    alone = worker.answer(job(copy_of(source("left"), DEPTH, "float32"), words=(0,)))
+    sound = worker.answer(job(blended(0.0, 1.0)))
+    said = capsys.readouterr().err
+    open_ = replace(setup, sources=sources, gates=Gates(repetition=0)).make().answer(job(left, words=(0,)))
+    excused = replace(setup, sources=sources, template=sources["left"]).make().answer(job(left, words=(0,)))
+
+    assert merge.error.startswith("CandidateError: gate: all 4 answers to prompts are endless repetition, like 'gggg")
+    assert again.error == merge.error
+    assert (alone.error, sound.error) == (None, None)
+    assert "the source left does not pass the gates for merges: all 4 answers" in said
+    assert (open_.error, excused.error) == (None, None)
+    assert "no gate for repetition: of left itself, all 4 answers" in capsys.readouterr().err

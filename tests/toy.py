@@ -3,41 +3,102 @@
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from evomerge.drivers import DRIVERS
-from evomerge.evaluation.task import Item, Task
+from evomerge.evaluation.gates import Gates
+from evomerge.evaluation.request import Outcome, Request
+from evomerge.evaluation.task import Response
 from evomerge.experiment import Experiment, ExperimentFile
+from evomerge.fitness.registry import read_estimator
+from evomerge.fitness.schedule import SCHEDULES
 from evomerge.objective import Objective
 from evomerge.pool import Answer, Job, failure
 from evomerge.recipe import Recipe, Source
 from evomerge.spaces.blend import BlendSpace, Range
+from evomerge.value import digest, plain, value
 
 TASKS = ("left", "right")
 SIZES = {"search": 60, "validation": 40, "test": 40}
+#: The task without bounds: how long answers are.
+LENGTH = "length"
 FILE: dict[str, Any] = {
     "name": "toy",
     "seed": 3,
     "models": {"base": "base", "sources": {"a": "a", "b": "b"}},
     "space": {"methods": ["task_arithmetic"]},
-    "objectives": [{"task": task} for task in TASKS],
     "budget": {"candidates": 24},
     "baselines": {"lambdas": [0.2, 0.5]},
     "finalists": 4,
     "dtype": "float32",
 }
+WARMUP: dict[str, Any] = {
+    "name": "warmup", "random": 10, "items": 8, "promote": 1, "honest": 1, "every": 2, "elites": 2, "final": 2,
+}  # fmt: skip
 
 
-def toy(driver: str = "nsga2", estimator: Mapping[str, Any] | None = None, **changes: Any) -> Experiment:
-    """Return an experiment on two sources and two tasks; keys of the file can be changed."""
+@value
+class ToyTask:
+    """A task whose items have a difficulty and no text."""
+
+    name: str
+    sizes: Mapping[str, int]
+    bounded: bool = True
+    direction: str = "maximize"
+    reference: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The content address."""
+        return digest(plain(self))
+
+    def count(self, split: str) -> int:
+        """Return the number of items of a split."""
+        return self.sizes[split]
+
+    def ids(self, split: str) -> tuple[str, ...]:
+        """Return names of the items."""
+        return tuple(f"{split}-{place}" for place in range(self.sizes[split]))
+
+    def strata(self, split: str) -> tuple[str, ...]:
+        """Return two subtasks by turns."""
+        return tuple("even" if place % 2 == 0 else "odd" for place in range(self.sizes[split]))
+
+    def requests(self, split: str, place: int, reference: tuple[Outcome, ...] = ()) -> tuple[Request, ...]:
+        """Return one question."""
+        return (Request(kind="generate", context=f"{self.name} {split} {place}", most=1),)
+
+    def grade(
+        self, split: str, place: int, outcomes: tuple[Outcome, ...], reference: tuple[Outcome, ...] = ()
+    ) -> Response:
+        """Return how long the answer is."""
+        return Response(value=float(outcomes[0].tokens))
+
+    def cut(self, sizes: Mapping[str, int]) -> "ToyTask":
+        """Return the task with fewer items."""
+        return replace(self, sizes={**self.sizes, **sizes})
+
+
+def toy(
+    driver: str = "nsga2",
+    schedule: Mapping[str, Any] | None = None,
+    estimator: Mapping[str, Any] | None = None,
+    tasks: tuple[str, ...] = TASKS,
+    **changes: Any,
+) -> Experiment:
+    """Return an experiment on two sources and two tasks (or three); keys of the file can be changed."""
     settings = {"nsga2": {"population": 8}, "tpe": {"batch": 6}, "random": {"batch": 6}, "cma": {}}[driver]
-    few = dict(estimator or {"name": "p_irt", "anchors": 8, "warmup": 10})
-    file = ExperimentFile.model_validate(FILE | {"driver": {"name": driver}, "estimator": few} | changes)
+    asked = {"schedule": dict(schedule or WARMUP), "estimator": dict(estimator or {"name": "stratified"})}
+    named = {"driver": {"name": driver}, "objectives": [{"task": task} for task in tasks]}
+    file = ExperimentFile.model_validate(FILE | named | asked | changes)
     base = Source(name="base", path="base", fingerprint="0")
     sources = tuple(Source(name=name, path=name, fingerprint=name) for name in ("a", "b"))
+    given = {key: item for key, item in file.schedule.items() if key != "name"}
+    known = {task: _task(task) for task in tasks}
     return Experiment(
         file=file,
         folders={source.name: Path(source.path) for source in (base, *sources)},
@@ -55,9 +116,12 @@ def toy(driver: str = "nsga2", estimator: Mapping[str, Any] | None = None, **cha
             dtype="float32",
             seed=file.seed,
         ),
-        objectives=tuple(Objective(name=task) for task in TASKS),
-        tasks={task: _task(task) for task in TASKS},
+        objectives=tuple(Objective(name=task, direction=own.direction) for task, own in known.items()),
+        tasks=known,
         driver=DRIVERS[driver](**settings),
+        estimator=read_estimator(file.estimator, "toy"),
+        schedule=SCHEDULES[file.schedule["name"]](**given),
+        gates=Gates(**file.gates.model_dump()),
     )
 
 
@@ -70,7 +134,7 @@ def quality(recipe: Recipe, task: str) -> float:
     weights = [recipe.route("q.weight", "attention", k).blend.weights for k in range(len(recipe.layers))]
     a = float(np.mean([w.get("a", 0.0) for w in weights]))
     b = float(np.mean([w.get("b", 0.0) for w in weights]))
-    gain = 3 * a - b if task == "left" else 3 * b - a
+    gain = 3 * b - a if task == "right" else 3 * a - b
     return gain - 4 * max(0.0, a + b - 1.0)
 
 
@@ -80,23 +144,32 @@ class ToyWorker:
     Args:
         fail: returns the reason why a job has no answer, or None.
         pause: seconds that each job takes.
+        margins: whether answers have margins.
     """
 
-    def __init__(self, fail: Callable[[Job], str | None] = lambda job: None, pause: float = 0.0) -> None:
+    def __init__(
+        self, fail: Callable[[Job], str | None] = lambda job: None, pause: float = 0.0, margins: bool = False
+    ) -> None:
         self.jobs: list[Job] = []
         self._fail = fail
         self._pause = pause
+        self._margins = margins
 
     def answer(self, job: Job) -> Answer:
-        """Return responses of 0 and 1, the same for the same recipe and items."""
+        """Return responses of 0 and 1 (any number for the task without bounds), the same for the same items."""
         self.jobs.append(job)
         time.sleep(self._pause)
         reason = self._fail(job)
         if reason is not None:
             return failure(job, reason, 0.0)
-        responses = {task: _responses(job, task) for task in job.items}
+        above = {task: _above(job, task) for task in job.items}
         return Answer(
-            candidate=job.candidate, split=job.split, responses=responses, margins={}, error=None, seconds=0.001
+            candidate=job.candidate,
+            split=job.split,
+            responses={t: tuple(20 + m if t == LENGTH else float(m > 0) for m in own) for t, own in above.items()},
+            margins={task: own for task, own in above.items() if self._margins and task != LENGTH},
+            error=None,
+            seconds=0.001,
         )
 
 
@@ -111,7 +184,7 @@ class ShufflingPool:
     @property
     def room(self) -> int:
         """How many jobs it can start at once."""
-        return 3
+        return max(0, 3 - len(self._jobs))
 
     @property
     def pending(self) -> int:
@@ -123,8 +196,8 @@ class ShufflingPool:
         self._jobs.append(job)
 
     def wait(self) -> Answer:
-        """Answer one of the first three jobs."""
-        return self._worker.answer(self._jobs.pop(int(self._rng.integers(min(3, len(self._jobs))))))
+        """Answer any of the jobs."""
+        return self._worker.answer(self._jobs.pop(int(self._rng.integers(len(self._jobs)))))
 
     def close(self) -> None:
         """Forget the jobs."""
@@ -137,17 +210,16 @@ class ShufflingPool:
         self.close()
 
 
-def _task(name: str) -> Task:
-    splits = {
-        split: tuple(Item(id=f"{split}-{i}", prompt=f"{name} {split} {i}", answer="1") for i in range(size))
-        for split, size in SIZES.items()
-    }
-    return Task(name=name, kind="generate", splits=splits, max_new_tokens=1)
+def _task(name: str) -> ToyTask:
+    if name == LENGTH:
+        return ToyTask(name=name, sizes=SIZES, bounded=False, direction="minimize")
+    return ToyTask(name=name, sizes=SIZES)
 
 
-def _responses(job: Job, task: str) -> tuple[float, ...]:
+def _above(job: Job, task: str) -> tuple[float, ...]:
+    """Return by how much a candidate's ability is above each item's difficulty."""
     ability = quality(job.recipe, task)
-    return tuple(float(ability > difficulty(task, job.split, i)) for i in job.items[task])
+    return tuple(ability - difficulty(task, job.split, place) for place in job.items[task])
 
 
 def difficulty(task: str, split: str, item: int) -> float:

@@ -85,6 +85,9 @@ class _Adaptation:
         if self._collapsed():
             self._evolution = self._start(self._rng(generation, "restart").random(self._dimensions))
 
+    def revise(self, index: int, losses: Losses | None) -> None:
+        """Nothing: the distribution has moved on, and keeps no genomes."""
+
     @property
     def _dimensions(self) -> int:
         # pycma does not support one dimension; a second one that decodes to nothing costs little.

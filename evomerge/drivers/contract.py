@@ -84,6 +84,18 @@ class Driver(Protocol):
         """
         ...
 
+    def revise(self, index: int, losses: Losses | None) -> None:
+        """Take better known losses of a genome that was told before; a driver that keeps no genomes may ignore them.
+
+        Args:
+            index: as for `tell`.
+            losses: one finite number per objective, or None if the candidate has failed since.
+
+        Raises:
+            ValueError: if the index was never told, or the losses are not usable.
+        """
+        ...
+
 
 class Settings(Protocol):
     """Settings of one kind of driver: a frozen value."""

@@ -31,6 +31,10 @@ class Strategy(Protocol):
         """
         ...
 
+    def revise(self, index: int, losses: Losses | None) -> None:
+        """Take better known losses of a genome of an earlier generation, by its index in the order of proposals."""
+        ...
+
 
 class Generational:
     """A driver that collects a generation and hands it on in index order.
@@ -67,6 +71,14 @@ class Generational:
         self._told[index] = genome, losses
         if len(self._told) == len(self._proposed or ()):
             self._finish()
+
+    def revise(self, index: int, losses: Losses | None) -> None:
+        """Hand better known losses of an earlier generation's genome on to the strategy."""
+        if not 0 <= index < self._first:
+            raise ValueError(f"index {index} is of no earlier generation; tell it first")
+        if losses is not None:
+            check_losses(losses, self._problem.objectives, f"revised index {index}")
+        self._strategy.revise(index, losses)
 
     def _finish(self) -> None:
         results = [self._told[index] for index in sorted(self._told)]

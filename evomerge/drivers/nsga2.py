@@ -61,7 +61,9 @@ class _Evolution:
         self._problem = problem
         self._seen = Seen(problem.axes, [genome for genome, _ in problem.known])
         self._population: Any = None
-        self._survive(problem.known, generator(problem.seed, "nsga2", 0, "known"))
+        self._told = 0  # genomes learned so far; the index of the next
+        known = [(genome, loss, -1) for genome, loss in problem.known]
+        self._survive(known, generator(problem.seed, "nsga2", 0, "known"))
 
     def propose(self, generation: int) -> list[Genome]:
         """Return children of the population, or random genomes while there is none."""
@@ -82,17 +84,31 @@ class _Evolution:
         """Let the best of population and generation survive; failures only count as seen."""
         for genome in genomes:
             self._seen.add(genome)
-        scored = [(genome, loss) for genome, loss in zip(genomes, losses, strict=True) if loss is not None]
+        results = zip(range(self._told, self._told + len(genomes)), genomes, losses, strict=True)
+        self._told += len(genomes)
+        scored = [(genome, loss, index) for index, genome, loss in results if loss is not None]
         self._survive(scored, generator(self._problem.seed, "nsga2", generation, "tell"))
 
-    def _survive(self, scored: Sequence[tuple[Genome, Losses]], rng: np.random.Generator) -> None:
+    def revise(self, index: int, losses: Losses | None) -> None:
+        """Change what an individual loses, if it is in the population; the next survival counts it."""
+        if self._population is None:
+            return
+        here = self._population.get("index") == index
+        if losses is None:
+            self._population = self._population[~here] if (~here).any() else None
+        elif here.any():
+            self._population[here].set("F", np.array([losses], dtype=np.float64))
+
+    def _survive(self, scored: Sequence[tuple[Genome, Losses, int]], rng: np.random.Generator) -> None:
         from pymoo.core.population import Population
         from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
 
         if not scored:
             return
-        points = np.array([to_unit(self._problem.axes, genome) for genome, _ in scored])
-        newcomers = Population.new("X", points, "F", np.array([losses for _, losses in scored], dtype=np.float64))
+        genomes, losses, indices = zip(*scored, strict=True)
+        points = np.array([to_unit(self._problem.axes, genome) for genome in genomes])
+        amounts = np.array(losses, dtype=np.float64)
+        newcomers = Population.new("X", points, "F", amounts, "index", np.array(indices))
         everyone = newcomers if self._population is None else Population.merge(self._population, newcomers)
         self._population = RankAndCrowding().do(
             _cube(self._problem), everyone, n_survive=self._settings.population, random_state=rng

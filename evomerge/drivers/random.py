@@ -47,6 +47,9 @@ class _Uniform:
         for genome in genomes:
             self._seen.add(genome)
 
+    def revise(self, index: int, losses: Losses | None) -> None:
+        """Nothing: what was scored does not matter."""
+
     def _sobol(self, generation: int) -> list[Genome]:
         if not self._settings.sobol:
             return []

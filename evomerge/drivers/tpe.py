@@ -90,6 +90,9 @@ class _Parzen:
         results = [(genome, loss or worst) for genome, loss in zip(genomes, losses, strict=True)]
         self._record(pair for pair in results if pair[1])
 
+    def revise(self, index: int, losses: Losses | None) -> None:
+        """Nothing: optuna does not let go of what it was told."""
+
     def _add(self, known: Iterable[tuple[Genome, Losses]]) -> None:
         pairs = list(known)
         self._scored += [losses for _, losses in pairs]

@@ -1,6 +1,6 @@
-"""Tasks, and the live model that answers their items; heavy libraries load with `engine` only."""
+"""Tasks, and the live model that answers what they ask; heavy libraries load with `engine` only."""
 
-from evomerge.evaluation.jsonl import TaskFile, build_task, read_task
-from evomerge.evaluation.task import Item, Response, Task, grade
+from evomerge.evaluation.files import build_task, read_task
+from evomerge.evaluation.task import SPLITS, Response, Task
 
-__all__ = ["Item", "Response", "Task", "TaskFile", "build_task", "grade", "read_task"]
+__all__ = ["SPLITS", "Response", "Task", "build_task", "read_task"]

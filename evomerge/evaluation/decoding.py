@@ -1,18 +1,36 @@
-"""Greedy decoding of a batch of prompts with the model's own key-value cache.
+"""Greedy decoding of a batch of prompts, with room for the answers made once and ended rows dropped on the way.
 
-Legend of shapes: B rows, T tokens of a prompt, V tokens of the vocabulary.
+Legend of shapes: B rows of the batch, A rows that still go on, T tokens of a prompt, S tokens of prefix, prompt and
+answer, V tokens of the vocabulary, K likeliest tokens.
 """
 
 # ruff: noqa: N815  fields carry their shapes in capitals, as variables do
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from evomerge.evaluation.plan import Prompts
+from evomerge.evaluation.batches import Prompts
+from evomerge.evaluation.reading import said
+
+#: The share of rows that must have ended before they are dropped; dropping copies the keys and values of the others.
+ENDED = 0.25
+
+
+class Cache(Protocol):
+    """Keys and values of what was fed; `caches.Rooms` is one."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether what was fed is in it; if not, all of a row is fed at each step."""
+        ...
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Drop all rows but these."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +48,32 @@ class Stops:
     suspects_V: Tensor
 
 
+@dataclass
+class Answer:
+    """An answer while it is being given.
+
+    Attributes:
+        ids: its tokens, without one that ended it by itself.
+        steps: how many tokens were generated, that one included.
+        stopped: whether a token ended it or completed a stop text.
+        entropies: of the distribution of each step, in nats, where they were wanted.
+        top: the likeliest tokens of each step with their log-probabilities, where they were wanted.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    steps: int = 0
+    stopped: bool = False
+    entropies: list[float] = field(default_factory=list)
+    top: list[tuple[tuple[int, ...], tuple[float, ...]]] = field(default_factory=list)
+
+
 def make_stops(tokenizer: Any, ends: Collection[int], texts: Sequence[str], vocabulary: int, device: str) -> Stops:
-    """Return what ends an answer, for one tokenizer and one task's stop texts.
+    """Return what ends an answer, for one tokenizer and some stop texts.
 
     A token is a suspect when its text holds the last character of a stop text, or an incomplete
     character; so only a few rows have to be decoded while others are still going.
     """
+    texts = [text for text in texts if text]  # an empty one would end every answer; lm-eval passes over it too
     special = {tokenizer.convert_tokens_to_ids(text) for text in texts if text in tokenizer.all_special_tokens}
     ends_V = torch.zeros(vocabulary, dtype=torch.bool)
     ends_V[[token for token in {*ends, *special} if 0 <= token < vocabulary]] = True
@@ -53,75 +91,96 @@ def make_stops(tokenizer: Any, ends: Collection[int], texts: Sequence[str], voca
 
 
 def continue_greedily(
-    forward: Callable[..., Any], prompts: Prompts, stops: Stops, longest: int, text: Callable[[tuple[int, ...]], str]
-) -> tuple[list[tuple[int, ...]], bool]:
-    """Continue each prompt by its likeliest token, until all rows have ended or are `longest` tokens long.
+    forward: Callable[..., Tensor],
+    prompts: Prompts,
+    stops: Stops,
+    text: Callable[[tuple[int, ...]], str],
+    cache: Cache | None,
+) -> tuple[list[Answer], bool]:
+    """Continue each prompt by its likeliest token, until all rows have ended or are as long as they may be.
 
     Args:
-        forward: the model; takes input_ids and, where given, attention_mask, position_ids and
-            past_key_values; returns an object with `logits` and, if it caches, `past_key_values`.
+        forward: takes input_ids and, where there is something to say, attention_mask, position_ids and
+            past_key_values; returns the logits after the last token of each row, (B, V).
         prompts: the batch.
         stops: what ends a row.
-        longest: the most tokens of an answer.
         text: decodes tokens.
+        cache: for the prompts and their answers; it holds their prefix already. None: the model keeps nothing, and
+            is fed all of a row at each step.
 
     Returns:
-        The answers' tokens without the one that ended them (a stop text may still be in them), and
-        whether the logits of all unfinished rows were finite throughout.
+        The answers in the order of the rows (a stop text may still be in them), and whether the logits of all
+        unfinished rows were finite throughout.
     """
-    mask_BT, positions_BT = _padded(prompts, longest)
-    length = prompts.ids_BT.shape[1]
-    fed_BT, seen_BT = prompts.ids_BT, prompts.ids_BT
-    cache = None
-    done_B = torch.zeros(len(prompts.rows), dtype=torch.bool, device=fed_BT.device)
-    finite_B = ~done_B
-    answers: list[Tensor] = []
-    for step in range(longest):
+    way, mask_BS = prompts.way, prompts.mask_BS
+    positions_BS = None if mask_BS is None else (mask_BS.cumsum(1) - 1).clamp(min=0)
+    answers = [Answer() for _ in prompts.prompts]
+    going = list(range(len(answers)))  # the answer of each row
+    done: set[int] = set()
+    start, seen_AT = len(prompts.prefix), prompts.ids_BT
+    fed_AT = seen_AT
+    for _ in range(way.most):
+        end = start + fed_AT.shape[1]
         arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-        if mask_BT is not None and positions_BT is not None:
-            seen = length + step
-            arguments["attention_mask"] = mask_BT[:, :seen]
-            arguments["position_ids"] = positions_BT[:, seen - fed_BT.shape[1] : seen]
-        out = forward(input_ids=fed_BT, use_cache=True, logits_to_keep=1, **arguments)
-        logits_BV = out.logits[:, -1]
-        token_B = logits_BV.argmax(-1)  # NaN counts as the greatest of all, so this finds it
-        finite_B &= done_B | logits_BV.gather(1, token_B[:, None])[:, 0].isfinite()
-        answers.append(token_B)
-        done_B = done_B | stops.ends_V[token_B]
-        done_B = done_B | _stopped(answers, stops, done_B, text)
-        if bool(done_B.all()):
+        if mask_BS is not None and positions_BS is not None:
+            arguments |= {"attention_mask": mask_BS[:, :end], "position_ids": positions_BS[:, start:end]}
+        logits_AV = forward(input_ids=fed_AT, **arguments)
+        word = said(logits_AV, entropy=way.entropy, top=way.top)
+        # the sum over all tokens is finite only if no logit is infinite or not a number
+        if not _finite(word.norm_U, [place not in done for place in going]):
+            return answers, False
+        token_A = word.best_U
+        _note(answers, going, done, word, token_A, stops, text)
+        if len(done) == len(answers):
             break
-        cache = getattr(out, "past_key_values", None)
-        if cache is None:
-            seen_BT = torch.cat((seen_BT, token_B[:, None]), 1)
-        fed_BT = seen_BT if cache is None else token_B[:, None]
-    return _cut(torch.stack(answers, 1), stops), bool(finite_B.all())
+        held = cache is not None and cache.holds
+        seen_AT = torch.cat((seen_AT, token_A[:, None]), 1)
+        left = [row for row, place in enumerate(going) if place not in done]
+        if len(going) - len(left) >= ENDED * len(going):
+            rows_A = torch.tensor(left, device=fed_AT.device)
+            going, seen_AT = [going[row] for row in left], seen_AT[rows_A]
+            if mask_BS is not None and positions_BS is not None:
+                mask_BS, positions_BS = mask_BS[rows_A], positions_BS[rows_A]
+            if cache is not None and held:
+                cache.keep(rows_A)
+        start, fed_AT = (end, seen_AT[:, -1:]) if held else (start, seen_AT)
+    return answers, True
 
 
-def _padded(prompts: Prompts, longest: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return attention mask and position ids of a padded batch, for prompts and answers together."""
-    if prompts.mask_BT is None:
-        return None, None
-    mask_BT = torch.nn.functional.pad(prompts.mask_BT, (0, longest), value=1)
-    return mask_BT, (mask_BT.cumsum(1) - 1).clamp(min=0)
+def _finite(norm_A: Tensor, unfinished: Sequence[bool]) -> bool:
+    finite = norm_A.isfinite().tolist()
+    return all(good for good, counts in zip(finite, unfinished, strict=True) if counts)
 
 
-def _stopped(
-    answers: Sequence[Tensor], stops: Stops, done_B: Tensor, text: Callable[[tuple[int, ...]], str]
-) -> Tensor:
-    """Tell which rows have a stop text in them."""
-    stopped_B = torch.zeros_like(done_B)
-    if not stops.texts:
-        return stopped_B
-    rows = (stops.suspects_V[answers[-1]] & ~done_B).nonzero()[:, 0]
-    for row, ids in zip(rows.tolist(), torch.stack(list(answers), 1)[rows].tolist(), strict=True):
-        found = text(tuple(ids))
-        stopped_B[row] = any(mark in found for mark in stops.texts)
-    return stopped_B
+def _note(
+    answers: Sequence[Answer],
+    going: Sequence[int],
+    done: set[int],
+    word: Any,
+    token_A: Tensor,
+    stops: Stops,
+    text: Callable[[tuple[int, ...]], str],
+) -> None:
+    """Write a step's tokens into the answers, and those that end with it into `done`."""
+    ends, suspects, tokens = stops.ends_V[token_A].tolist(), stops.suspects_V[token_A].tolist(), token_A.tolist()
+    entropies = None if word.entropy_U is None else word.entropy_U.tolist()
+    ids, logps = (word.ids_UK.tolist(), word.logp_UK.tolist()) if word.ids_UK.shape[1] else (None, None)
+    for row, place in enumerate(going):
+        if place in done:
+            continue
+        answer = answers[place]
+        answer.steps += 1
+        if entropies is not None:
+            answer.entropies.append(entropies[row])
+        if ids is not None and logps is not None:
+            answer.top.append((tuple(ids[row]), tuple(logps[row])))
+        if not ends[row]:
+            answer.ids.append(tokens[row])
+        answer.stopped = ends[row] or (suspects[row] and _stopped(text(tuple(answer.ids)), stops))
+        if answer.stopped:
+            done.add(place)
 
 
-def _cut(answers_BT: Tensor, stops: Stops) -> list[tuple[int, ...]]:
-    """Return each row up to its first token that ends an answer."""
-    ended_BT = stops.ends_V[answers_BT]
-    lengths = torch.where(ended_BT.any(1), ended_BT.int().argmax(1), answers_BT.shape[1])
-    return [tuple(row[:end]) for row, end in zip(answers_BT.tolist(), lengths.tolist(), strict=True)]
+def _stopped(found: str, stops: Stops) -> bool:
+    """Tell whether a text has a stop text in it."""
+    return any(mark in found for mark in stops.texts)

@@ -1,27 +1,32 @@
-"""The engine: one live model that takes the weights of candidate after candidate and answers items."""
+"""The engine: one live model that takes the weights of candidate after candidate and answers requests."""
 
+import gc
 import inspect
-import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from evomerge.errors import CandidateError, ModelError, TaskError
+from evomerge.errors import CandidateError, ModelError
+from evomerge.evaluation.batches import Prompts, Read, Texts
+from evomerge.evaluation.building import abilities_of, build, end_tokens
+from evomerge.evaluation.caches import Rooms, Trunk
 from evomerge.evaluation.decoding import Stops, continue_greedily, make_stops
-from evomerge.evaluation.plan import Contexts, Plan, plan_contexts, plan_prompts
-from evomerge.evaluation.task import Response, Task, grade
+from evomerge.evaluation.encoding import Encoder
+from evomerge.evaluation.plan import Plan, make_plan
+from evomerge.evaluation.request import Outcome, Request
+from evomerge.evaluation.sheet import Sheet
+
+#: The most tokens of a batch, rows times length, unless it is told otherwise.
+TOKENS = 1 << 14
 
 #: How many plans an engine keeps; a search asks for few distinct ones, again and again.
 PLANS = 256
-
-#: Most elements of the float32 copy of logits that is made at once.
-CHUNK = 1 << 26
 
 #: Buffers that old checkpoints hold and today's models compute.
 LEGACY = (r"rotary_emb\.inv_freq$", r"\.(attn|attention)\.(masked_)?bias$")
@@ -30,19 +35,62 @@ LEGACY = (r"rotary_emb\.inv_freq$", r"\.(attn|attention)\.(masked_)?bias$")
 TEXTS = 1 << 16
 
 
+class _Own:
+    """The state that a model keeps in its own way between the steps of an answer."""
+
+    past: Any = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the model gave anything to go on with."""
+        return self.past is not None
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Drop all rows but these."""
+        self.past.reorder_cache(rows_B)
+
+
+class _Head:
+    """Makes a model's head compute only the positions that are wanted, whatever rows they stand in."""
+
+    def __init__(self, model: Any) -> None:
+        self._wanted: tuple[Tensor, Tensor] | None = None
+        self.used = False
+        head = model.get_output_embeddings()
+        if head is not None:
+            head.register_forward_pre_hook(self._pick)
+
+    @contextmanager
+    def only(self, row_U: Tensor, place_U: Tensor) -> Iterator[None]:
+        """Within the block, the logits of a forward pass are those of these positions, as one row, if `used` is set."""
+        self._wanted, self.used = (row_U, place_U), False
+        try:
+            yield
+        finally:
+            self._wanted = None
+
+    def _pick(self, _: Any, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._wanted is None or not given or given[0].ndim != 3:
+            return None
+        self.used = True
+        return (given[0][self._wanted][None], *given[1:])
+
+
 class Engine:
     """A live transformers model, built once from a folder's config, and the folder's tokenizer.
 
     The weights come with `load`; before that they mean nothing, unless `pretrained` asks for the
-    folder's own. One engine serves one thread.
+    folder's own. One engine serves one thread. It knows requests and outcomes, and nothing of tasks.
 
     Args:
         folder: a model folder with config.json and tokenizer files.
         dtype: the dtype that the model computes in.
         device: a torch device.
         batch: the most rows of a batch.
+        tokens: the most tokens of a batch, rows times length; a single row may be longer.
         trust_remote_code: whether code in the model's folder may run.
         pretrained: whether to load the folder's weights, as `AutoModelForCausalLM.from_pretrained` does.
+        sharing: whether what texts begin with alike is fed once.
 
     Raises:
         ModelError: if config, tokenizer or weights cannot be loaded, or the model comes in another dtype.
@@ -54,23 +102,29 @@ class Engine:
         dtype: str,
         device: str = "cpu",
         batch: int = 64,
+        tokens: int = TOKENS,
         trust_remote_code: bool = False,
         pretrained: bool = False,
+        sharing: bool = True,
     ) -> None:
-        self.device, self.batch = device, batch
-        self.tokenizer, self.model = _build(folder, getattr(torch, dtype), trust_remote_code, pretrained)
+        """Build the model; without `pretrained` its weights are whatever memory held."""
+        self.device, self.batch, self.tokens, self.sharing = device, batch, tokens, sharing
+        self.tokenizer, self.model = build(folder, getattr(torch, dtype), trust_remote_code, pretrained)
         self.model.to(device)
         config = self.model.config.get_text_config()
         self._room: int | None = getattr(config, "max_position_embeddings", None)
         self._vocabulary: int = config.vocab_size
         self._accepts = frozenset(inspect.signature(self.model.forward).parameters)
+        self._abilities = abilities_of(self.model, self._accepts)
         self._targets: dict[str, Tensor] = dict(self.model.state_dict(keep_vars=True))
         ignored = self.model._keys_to_ignore_on_load_unexpected or ()
         self._ignored = [re.compile(form) for form in (*LEGACY, *ignored)]
-        self._ends = _ends(folder, self.model, self.tokenizer)
-        self._plans: dict[tuple[str, str, tuple[int, ...]], Plan] = {}
+        self._ends = end_tokens(folder, self.model, self.tokenizer)
+        self._plans: dict[Hashable, tuple[Plan, tuple[int, ...]]] = {}
         self._stops: dict[tuple[str, ...], Stops] = {}
         self._texts: dict[tuple[int, ...], str] = {}
+        self._prefixes: dict[tuple[int, ...], Trunk] = {}
+        self._head = _Head(self.model)
 
     def load(self, stream: Iterable[tuple[str, Tensor | Callable[[Tensor], None]]]) -> None:
         """Put a candidate's tensors into the live model.
@@ -82,6 +136,7 @@ class Engine:
             ModelError: for a tensor that the model does not have or has in another shape, and for a
                 parameter that did not come.
         """
+        self.forget()
         came: set[int] = set()
         with torch.no_grad():
             for name, tensor in stream:
@@ -105,41 +160,70 @@ class Engine:
                 "the base's config.json must fit the sources"
             )
 
-    def plan(self, task: Task, split: str, items: Sequence[int]) -> Plan:
-        """Return the plan that asks these items of a split (places in it); made once, then kept.
+    def forget(self) -> None:
+        """Drop what was computed with the weights that were live; whoever changes them by other ways calls this."""
+        self._prefixes.clear()
+
+    def plan(self, requests: Sequence[Request]) -> Plan:
+        """Return the plan that asks these requests; whoever asks them again keeps it.
 
         Raises:
-            TaskError: for an item that does not exist, or that is too long for the model.
+            Refused: (a TaskError) for a request that the model cannot be asked: too long, or without tokens.
         """
-        key = (task.fingerprint, split, tuple(items))
+        return make_plan(
+            requests,
+            Encoder(self.tokenizer, self._room),
+            self._abilities,
+            batch=self.batch,
+            vocabulary=self._vocabulary,
+            device=self.device,
+            sharing=self.sharing,
+        )
+
+    def kept(self, key: Hashable, make: Callable[[], Sequence[Sequence[Request]]]) -> tuple[Plan, tuple[int, ...]]:
+        """Return the plan of some groups of requests and the groups' sizes, made the first time that a key comes.
+
+        The oldest goes when there are too many.
+        """
         if key not in self._plans:
-            if len(self._plans) >= PLANS:
+            groups = make()
+            plan = self.plan([request for group in groups for request in group])
+            while len(self._plans) >= PLANS:
                 del self._plans[next(iter(self._plans))]
-            self._plans[key] = self._make_plan(task, split, items)
+            self._plans[key] = plan, tuple(map(len, groups))
         return self._plans[key]
 
-    def answer(self, plan: Plan) -> list[Response]:
-        """Ask the live model; the responses are in the order of the plan's items.
+    @property
+    def window(self) -> int:
+        """The most tokens that are fed at once; where the model has no limit the tokenizer's counts, or lm-eval's."""
+        return Encoder(self.tokenizer, self._room).window
+
+    @property
+    def finite(self) -> bool:
+        """Whether all parameters of the live model are finite; one pass over them."""
+        weights = [weight for weight in self.model.parameters() if weight.is_floating_point()]
+        return bool(torch.nn.utils.get_total_norm(weights, norm_type=float("inf")).isfinite())
+
+    def answer(self, plan: Plan) -> list[Outcome]:
+        """Ask the live model; the outcomes are in the order of the plan's requests.
+
+        A batch for which there is not enough memory is halved; from then on no batch has more tokens than its halves.
 
         Raises:
-            CandidateError: if logits are not finite, or all choices of all items are equally likely.
+            CandidateError: if logits are not finite, or there is not enough memory for a single row.
         """
+        sheet = Sheet(plan)
+        left = deque(plan.batches(self.tokens))
         with torch.inference_mode():
-            return self._choose(plan) if plan.task.kind == "multiple_choice" else self._generate(plan)
-
-    def _make_plan(self, task: Task, split: str, items: Sequence[int]) -> Plan:
-        known = task.items(split)
-        for place in items:
-            if not 0 <= place < len(known):
-                raise TaskError(f"task {task.name!r}: split {split!r} has {len(known)} items, none at place {place}")
-        chosen = [known[place] for place in items]
-        if task.kind == "multiple_choice":
-            return plan_contexts(task, chosen, self.tokenizer, batch=self.batch, room=self._room, device=self.device)
-        # a model that takes no position ids cannot be told where a padded prompt starts
-        padding = {"position_ids", "past_key_values"} <= self._accepts
-        return plan_prompts(
-            task, chosen, self.tokenizer, batch=self.batch, room=self._room, padding=padding, device=self.device
-        )
+            while left:
+                batch = left.popleft()
+                if self._asked(batch, sheet):
+                    continue
+                if batch.alone:
+                    raise CandidateError(f"there is not enough memory on {self.device} for a single row")
+                self.tokens = max(1, batch.size // 2)
+                left = deque(part for one in (batch, *left) for part in one.within(self.tokens))
+        return sheet.outcomes()
 
     def _target(self, name: str) -> Tensor | None:
         """Return where a tensor goes; None for the leftovers of old checkpoints."""
@@ -152,48 +236,89 @@ class Engine:
         kind = self.model.config.model_type
         raise ModelError(f"tensor {name!r} is not in the {kind} model that the base's config.json describes")
 
-    def _forward(self, **arguments: Any) -> Any:
-        return self.model(**{name: thing for name, thing in arguments.items() if name in self._accepts})
+    def _asked(self, batch: Texts | Prompts, sheet: Sheet) -> bool:
+        """Ask a batch; tell whether there was enough memory."""
+        try:
+            if isinstance(batch, Texts):
+                self._read(batch, sheet)
+            else:
+                self._continue(batch, sheet)
+            return True
+        except torch.OutOfMemoryError:
+            pass  # what it had allocated is referred to by the error, and free only after this block
+        self._prefixes.clear()
+        gc.collect()
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
+        return False
 
-    def _choose(self, plan: Plan) -> list[Response]:
-        total = np.zeros(plan.first[-1])
-        for contexts in plan.contexts:
-            total += np.bincount(contexts.choice_R.numpy(), weights=self._read(contexts), minlength=len(total))
-        if not np.isfinite(total).all():
-            raise CandidateError(f"task {plan.task.name!r}: the log-likelihood of a choice is not finite")
-        own = [total[a:b] for a, b in zip(plan.first, plan.first[1:], strict=False)]
-        if own and all((found == found[0]).all() for found in own):
-            raise CandidateError(f"task {plan.task.name!r}: all choices of every item have one log-likelihood")
-        margins = [found[right] - np.delete(found, right).max() for found, right in zip(own, plan.right, strict=True)]
-        return [Response(value=float(margin > 0), margin=float(margin)) for margin in margins]
+    def _read(self, batch: Texts, sheet: Sheet) -> None:
+        """Read the texts of a batch, then what branches off them."""
+        prefix = self._prefix(batch.prefix)
+        trunk = prefix.branch() if prefix is not None else Trunk.root() if batch.after else None
+        self._pass(batch.first, trunk, sheet)
+        for read in batch.after:
+            self._pass(read, None if trunk is None else trunk.branch(read.from_B), sheet)
 
-    def _read(self, contexts: Contexts) -> NDArray[np.float64]:
-        """Return log p of each reading, in nats. Shape (R,)."""
-        logits_BKV = self._forward(input_ids=contexts.ids_BT, logits_to_keep=contexts.keep_K, use_cache=False).logits
-        if "logits_to_keep" not in self._accepts:
-            logits_BKV = logits_BKV[:, contexts.keep_K]
-        step = max(1, CHUNK // logits_BKV.shape[-1])
-        parts = []
-        for start in range(0, len(contexts.row_R), step):
-            part = slice(start, start + step)
-            logits_RV = logits_BKV[contexts.row_R[part], contexts.place_R[part]].float()
-            parts.append(logits_RV.gather(1, contexts.token_R[part, None])[:, 0] - logits_RV.logsumexp(1))
-        read: NDArray[np.float64] = torch.cat(parts).double().cpu().numpy()
-        return read
+    def _pass(self, read: Read, cache: Trunk | None, sheet: Sheet) -> None:
+        """Feed a pass and note what it says."""
+        arguments: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
+        if read.mask_BS is not None:
+            arguments |= {"attention_mask": read.mask_BS, "position_ids": read.positions_BT}
+        logits_UV = self._logits((read.row_U, read.place_U), input_ids=read.ids_BT, **arguments)
+        if not sheet.note(read, logits_UV):
+            raise CandidateError("a log-likelihood is not finite")
 
-    def _generate(self, plan: Plan) -> list[Response]:
-        task, values = plan.task, [0.0] * len(plan.items)
-        if task.stop not in self._stops:
-            self._stops[task.stop] = make_stops(self.tokenizer, self._ends, task.stop, self._vocabulary, self.device)
-        for prompts in plan.prompts:
-            answers, finite = continue_greedily(
-                self._forward, prompts, self._stops[task.stop], task.max_new_tokens, self._text
-            )
-            if not finite:
-                raise CandidateError(f"task {task.name!r}: logits are not finite")
-            for row, ids in zip(prompts.rows, answers, strict=True):
-                values[row] = grade(task, plan.items[row], self._text(ids))
-        return [Response(value=found) for found in values]
+    def _prefix(self, ids: tuple[int, ...]) -> Trunk | None:
+        """Return the keys and values of what texts begin with, computed once for the weights that are live."""
+        if not ids:
+            return None
+        if ids not in self._prefixes:
+            while self._prefixes and sum(map(len, self._prefixes)) + len(ids) > self.tokens:
+                del self._prefixes[next(iter(self._prefixes))]
+            trunk, last = Trunk.root(), torch.tensor([len(ids) - 1], device=self.device)
+            ids_BT = torch.tensor([ids], device=self.device)
+            self._logits((last * 0, last), input_ids=ids_BT, past_key_values=trunk, use_cache=True)
+            self._prefixes[ids] = trunk
+        return self._prefixes[ids]
+
+    def _continue(self, prompts: Prompts, sheet: Sheet) -> None:
+        """Continue the prompts of a batch."""
+        stop = prompts.way.stop
+        if stop not in self._stops:
+            self._stops[stop] = make_stops(self.tokenizer, self._ends, stop, self._vocabulary, self.device)
+        answers, finite = continue_greedily(self._step, prompts, self._stops[stop], self._text, self._cache(prompts))
+        if not finite:
+            raise CandidateError("logits are not finite")
+        for prompt, answer in zip(prompts.prompts, answers, strict=True):
+            sheet.put(prompt.request, answer, self._text(tuple(answer.ids)), stop)
+
+    def _cache(self, prompts: Prompts) -> Rooms | _Own | None:
+        """Return what keeps keys and values of prompts and answers; None if the model has nothing of the kind."""
+        if self._abilities.caches:
+            length = len(prompts.prefix) + prompts.ids_BT.shape[1] + prompts.way.most
+            prefix = self._prefix(prompts.prefix)
+            return Rooms.root(length) if prefix is None else prefix.room(length)
+        return _Own() if self._abilities.state else None
+
+    def _step(self, *, input_ids: Tensor, past_key_values: Any = None, **arguments: Any) -> Tensor:
+        """Return the logits after the last token of each row. Shape (B, V)."""
+        row_U = torch.arange(len(input_ids), device=self.device)
+        last = (row_U, torch.full_like(row_U, input_ids.shape[1] - 1))
+        arguments |= {"input_ids": input_ids, "use_cache": past_key_values is not None}
+        if isinstance(past_key_values, _Own):
+            return self._logits(last, past_key_values=past_key_values.past, own=past_key_values, **arguments)
+        return self._logits(last, past_key_values=past_key_values, **arguments)
+
+    def _logits(self, wanted: tuple[Tensor, Tensor], own: _Own | None = None, **arguments: Any) -> Tensor:
+        """Return the logits at some positions: rows, and places in them. Shape (U, V)."""
+        given = {name: thing for name, thing in arguments.items() if name in self._accepts and thing is not None}
+        with self._head.only(*wanted):
+            out = self.model(**given)
+        if own is not None:
+            own.past = getattr(out, "past_key_values", None)
+        logits: Tensor = out.logits
+        return logits[0] if self._head.used else logits[wanted]
 
     def _text(self, ids: tuple[int, ...]) -> str:
         """Decode an answer; short answers come again and again, so their texts are remembered."""
@@ -202,48 +327,3 @@ class Engine:
                 self._texts.clear()
             self._texts[ids] = self.tokenizer.decode(ids, skip_special_tokens=True)
         return self._texts[ids]
-
-
-def _build(folder: Path, dtype: torch.dtype, trust_remote_code: bool, pretrained: bool) -> tuple[Any, Any]:
-    """Return tokenizer and model; unless pretrained, the model's weights are whatever memory held."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.initialization import no_init_weights
-
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json; give the folder of a transformers model")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if pretrained:
-            model = _load_plainly(folder, trust_remote_code)
-        else:
-            # random initial weights would cost minutes for a large model, and move the global random stream
-            with torch.random.fork_rng(devices=[]), no_init_weights():
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-            model.tie_weights()
-        model.config.pad_token_id = None  # else some models warn when a generated token happens to be it
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as problem:
-        reason = " ".join(str(problem).split())[:200]
-        raise ModelError(f"{folder}: transformers cannot build it ({type(problem).__name__}: {reason})") from None
-    if model.dtype != dtype:
-        raise ModelError(f"{folder}: loads as {model.dtype}, but {dtype} is declared; check dtype in its config.json")
-    return tokenizer, model.eval().requires_grad_(False)
-
-
-def _load_plainly(folder: Path, trust_remote_code: bool) -> Any:
-    """Return the model as a user's one line loads it: no dtype is named, so config.json's must be right."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
-
-
-def _ends(folder: Path, model: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the tokens that end a sequence, from all three places that may name some."""
-    named = [tokenizer.eos_token_id, model.config.get_text_config().eos_token_id]
-    path = folder / "generation_config.json"
-    if path.is_file():
-        named.append(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
-    flat = [token for one in named for token in (one if isinstance(one, list) else [one])]
-    return frozenset(token for token in flat if token is not None)

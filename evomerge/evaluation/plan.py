@@ -1,219 +1,241 @@
-"""Plans: the items of a task as batches of tokens, made once and asked of every candidate.
+"""Plans: requests as batches of tokens, made once and asked of every candidate.
 
-Legend of shapes: B rows of a batch, T tokens of a row, K positions whose logits are kept, R token
-readings of a batch (one per token of a choice).
+What texts begin with alike is fed once: a long beginning that many have (the examples of a prompt) once per candidate,
+and the context of several continuations once for all of them.
 """
-
-# ruff: noqa: N815  fields carry their shapes in capitals, as variables do
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
+from evomerge.evaluation.batches import Prompt, Prompts, Reading, Text, Texts, Way, cut_batches
+from evomerge.evaluation.building import Abilities
+from evomerge.evaluation.encoding import Encoder, Refused
+from evomerge.evaluation.prefixes import shared_beginnings
+from evomerge.evaluation.request import KINDS, Request
 
-from evomerge.errors import TaskError
-from evomerge.evaluation.task import Item, Task
+#: The shortest context that is fed once for several continuations; a shorter one does not pay for a second pass.
+CONTEXT = 8
 
-
-@dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """A batch of prompts to continue.
-
-    Attributes:
-        rows: places in the plan's items, B of them.
-        ids_BT: tokens, padded on the left.
-        mask_BT: 1 for tokens and 0 for padding; None when all prompts have one length.
-    """
-
-    rows: tuple[int, ...]
-    ids_BT: Tensor
-    mask_BT: Tensor | None
+#: The most entries of logits that a batch may ask for.
+LOGITS = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contexts:
-    """A batch of texts whose next-token likelihoods are read.
+class Group:
+    """Rows that may share batches.
 
     Attributes:
-        ids_BT: tokens, padded on the right; causal attention never looks there, so no mask is needed.
-        keep_K: the positions whose logits are needed.
-        row_R, place_R, token_R: what each reading reads: a row, a place in `keep_K`, the token there.
-        choice_R: which choice of the plan the reading belongs to (CPU).
+        prefix: what all of them begin with.
+        rows: texts, or prompts.
+        way: how prompts are continued; None for texts.
+        equal: whether the rows of a batch must have one length.
     """
 
-    ids_BT: Tensor
-    keep_K: Tensor
-    row_R: Tensor
-    place_R: Tensor
-    token_R: Tensor
-    choice_R: Tensor
+    prefix: tuple[int, ...]
+    rows: tuple[Text | Prompt, ...]
+    way: Way | None = None
+    equal: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to ask: the items, in the caller's order, and the batches that ask them.
+    """What to ask.
 
-    `right[i]` is the place of item i's right choice; its choices are `first[i]` up to `first[i + 1]`.
-    """
-
-    task: Task
-    items: tuple[Item, ...]
-    prompts: tuple[Prompts, ...] = ()
-    contexts: tuple[Contexts, ...] = ()
-    first: tuple[int, ...] = ()
-    right: tuple[int, ...] = ()
-
-
-def plan_prompts(
-    task: Task, items: Sequence[Item], tokenizer: Any, *, batch: int, room: int | None, padding: bool, device: str
-) -> Plan:
-    """Plan greedy generation.
-
-    Args:
-        task: the task; its items may be other than `items`.
-        items: what to ask, in the order of the responses.
-        tokenizer: a transformers tokenizer.
+    Attributes:
+        requests: in the caller's order.
+        first: where each request's readings begin among all; one more than there are requests.
+        groups: the rows that ask them.
         batch: the most rows of a batch.
-        room: the most tokens of prompt and answer together, where the model has a limit.
-        padding: whether prompts of different lengths may share a batch.
+        vocabulary: entries of a position's logits.
         device: where the batches go.
     """
-    room = None if room is None else room - task.max_new_tokens
-    encoded = _prompts(task, items, tokenizer, room, "the answer")
-    batches = []
-    for rows in cut_batches([len(ids) for ids in encoded], batch, padding):
-        length = max(len(encoded[row]) for row in rows)
-        short = [length - len(encoded[row]) for row in rows]
-        # any token may stand in the padding, the mask hides it; a row's own is sure to be in the vocabulary
-        ids = [encoded[row][:1] * gap + encoded[row] for row, gap in zip(rows, short, strict=True)]
-        mask = [[0] * gap + [1] * (length - gap) for gap in short] if any(short) else None
-        batches.append(
-            Prompts(
-                rows=tuple(rows),
-                ids_BT=torch.tensor(ids, device=device),
-                mask_BT=None if mask is None else torch.tensor(mask, device=device),
-            )
-        )
-    return Plan(task=task, items=tuple(items), prompts=tuple(batches))
 
+    requests: tuple[Request, ...]
+    first: tuple[int, ...]
+    groups: tuple[Group, ...]
+    batch: int
+    vocabulary: int
+    device: str
+    _made: dict[int, tuple[Texts | Prompts, ...]] = field(default_factory=dict)
 
-def plan_contexts(
-    task: Task, items: Sequence[Item], tokenizer: Any, *, batch: int, room: int | None, device: str
-) -> Plan:
-    """Plan the log-likelihoods of all choices; arguments as in `plan_prompts`.
+    def batches(self, tokens: int) -> tuple[Texts | Prompts, ...]:
+        """Return the batches under a budget of tokens (rows times length), made when it is first asked for."""
+        if tokens not in self._made:
+            self._made[tokens] = tuple(batch for group in self.groups for batch in self._cut(group, tokens))
+        return self._made[tokens]
 
-    A choice of n tokens is read off n positions of one text: the prompt and the choice without its last
-    token. Choices share a text when one's is a prefix of the other's; so ten choices of one token
-    each cost a single row.
-    """
-    encoded = _prompts(task, items, tokenizer, room, "its choices")
-    first = [0, *itertools.accumulate(len(item.choices) for item in items)]
-    texts = [choice for item in items for choice in item.choices]
-    tokens: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    contexts: list[_Context] = []
-    for place, item in enumerate(items):
-        own = {choice: tokens[choice] for choice in range(first[place], first[place + 1])}
-        empty = next((choice for choice, ids in own.items() if not ids), None)
-        if empty is not None:
-            raise TaskError(f"task {task.name!r}, item {item.id!r}: choice {texts[empty]!r} has no tokens")
-        found = _share(encoded[place], own)
-        _check_room(task, item, max(len(context.ids) for context in found), room, "its choices")
-        contexts.extend(found)
-    batches = [
-        _read([contexts[row] for row in rows], tokens, device)
-        for rows in cut_batches([len(context.ids) for context in contexts], batch, padding=True)
-    ]
-    right = tuple(item.choices.index(item.answer) for item in items)
-    return Plan(task=task, items=tuple(items), contexts=tuple(batches), first=tuple(first), right=right)
-
-
-def cut_batches(lengths: Sequence[int], batch: int, padding: bool) -> Iterator[list[int]]:
-    """Yield batches of rows, shortest first, at most `batch` of them each.
-
-    Rows of one length go without padding when they fill at least a quarter of a batch; what is left
-    over is mixed where `padding` allows it.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
-    by_length: dict[int, list[int]] = {}
-    for row in order:
-        by_length.setdefault(lengths[row], []).append(row)
-    rest: list[int] = []
-    for rows in by_length.values():
-        for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
-            if padding and 4 * len(part) < batch:
-                rest.extend(part)
+    def _cut(self, group: Group, tokens: int) -> Iterator[Texts | Prompts]:
+        way = group.way
+        more = len(group.prefix) + (way.most if way is not None else 0)
+        widest = max(_wide(row) for row in group.rows)
+        rows = max(1, min(self.batch, LOGITS // (self.vocabulary * widest)))
+        order = sorted(group.rows, key=lambda row: len(row.ids))
+        for part in cut_batches(order, lambda row: more + row.longest, rows, tokens, group.equal):
+            if way is not None:
+                yield Prompts(prefix=group.prefix, prompts=tuple(part), way=way, device=self.device)
             else:
-                yield part
-    for start in range(0, len(rest), batch):
-        yield rest[start : start + batch]
+                yield Texts(prefix=group.prefix, texts=tuple(part), rows=rows, tokens=tokens, device=self.device)
 
 
-@dataclass(frozen=True)
-class _Context:
-    """A text, where its prompt ends, and the choices that are read off it."""
+def make_plan(
+    requests: Sequence[Request],
+    encoder: Encoder,
+    abilities: Abilities,
+    *,
+    batch: int,
+    vocabulary: int,
+    device: str,
+    sharing: bool = True,
+) -> Plan:
+    """Plan requests.
 
-    ids: list[int]
-    start: int
-    choices: list[int]
+    Args:
+        requests: what to ask, in the order of the outcomes.
+        encoder: the tokenizer.
+        abilities: what the model can be fed.
+        batch: the most rows of a batch.
+        vocabulary: entries of a position's logits.
+        device: where the batches go.
+        sharing: whether what texts begin with alike is fed once.
 
-
-def _share(prompt: list[int], tokens: Mapping[int, list[int]]) -> list[_Context]:
-    """Return the fewest texts that hold the contexts of all choices: prefixes of others are dropped."""
-    found: list[_Context] = []
-    for choice, ids in sorted(tokens.items(), key=lambda pair: (-len(pair[1]), pair[0])):
-        text = prompt + ids[:-1]
-        home = next((context for context in found if context.ids[: len(text)] == text), None)
-        if home is None:
-            found.append(_Context(text, len(prompt) - 1, [choice]))
-        else:
-            home.choices.append(choice)
-    return found
-
-
-def _read(contexts: Sequence[_Context], tokens: Sequence[list[int]], device: str) -> Contexts:
-    """Return the batch of these texts, with a reading for each token of each of their choices."""
-    length = max(len(context.ids) for context in contexts)
-    readings = [
-        (row, context.start + step, token, choice)
-        for row, context in enumerate(contexts)
-        for choice in context.choices
-        for step, token in enumerate(tokens[choice])
-    ]
-    rows, positions, read, choices = zip(*readings, strict=True)
-    keep = sorted(set(positions))
-    place_of = {position: place for place, position in enumerate(keep)}
-    ids = [context.ids + context.ids[-1:] * (length - len(context.ids)) for context in contexts]
-    return Contexts(
-        ids_BT=torch.tensor(ids, device=device),
-        keep_K=torch.tensor(keep, device=device),
-        row_R=torch.tensor(rows, device=device),
-        place_R=torch.tensor([place_of[position] for position in positions], device=device),
-        token_R=torch.tensor(read, device=device),
-        choice_R=torch.tensor(choices),
+    Raises:
+        Refused: for a request that the model cannot be asked.
+    """
+    by_kind: dict[str, list[tuple[int, Request]]] = {kind: [] for kind in KINDS}
+    for place, request in enumerate(requests):
+        if request.kind not in by_kind:
+            raise Refused(place, f"kind {request.kind!r} is none of {', '.join(KINDS)}")
+        by_kind[request.kind].append((place, request))
+    pairs: dict[int, list[tuple[list[int], list[int]]]] = {}
+    for (place, _), pair in zip(by_kind["loglikelihood"], encoder.pairs(by_kind["loglikelihood"]), strict=True):
+        pairs[place] = [pair]
+    known = encoder.texts([request.continuation for _, request in by_kind["rolling"]])
+    for place, request in by_kind["rolling"]:
+        pairs[place] = encoder.windows(place, request, known[request.continuation])
+    counts = [sum(len(tokens) for _, tokens in pairs.get(place, ())) for place in range(len(requests))]
+    first = (0, *itertools.accumulate(counts))
+    texts = _texts(pairs, first, requests, sharing and abilities.caches)
+    return Plan(
+        requests=tuple(requests),
+        first=first,
+        groups=(
+            *_reading(texts, abilities, sharing),
+            *_continuing(by_kind["generate"], encoder, abilities, sharing),
+        ),
+        batch=batch,
+        vocabulary=vocabulary,
+        device=device,
     )
 
 
-def _prompts(task: Task, items: Sequence[Item], tokenizer: Any, room: int | None, rest: str) -> list[list[int]]:
-    if not items:
-        return []
-    encoded: list[list[int]] = tokenizer([item.prompt for item in items])["input_ids"]
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    for item, ids in zip(items, encoded, strict=True):
-        if not ids:
-            if start is None:
-                raise TaskError(f"task {task.name!r}, item {item.id!r}: the prompt has no tokens; write one")
-            ids.append(start)
-        _check_room(task, item, len(ids), room, rest)
-    return encoded
+def _texts(
+    pairs: Mapping[int, list[tuple[list[int], list[int]]]],
+    first: Sequence[int],
+    requests: Sequence[Request],
+    sharing: bool,
+) -> list[Text]:
+    """Return the texts that are read for pairs of context and continuation, those with one context together."""
+    by_context: dict[tuple[int, ...], list[tuple[list[int], int]]] = {}
+    for place in sorted(pairs):
+        flat = first[place]
+        for context, continuation in pairs[place]:
+            by_context.setdefault(tuple(context), []).append((continuation, flat))
+            flat += len(continuation)
+        _check_at(place, requests[place], flat - first[place])
+    texts: list[Text] = []
+    for beginning, own in by_context.items():
+        rows = _rows(beginning, own)
+        if sharing and len(rows) > 1 and len(beginning) >= CONTEXT:
+            texts.append(_branching(beginning, rows))
+        else:
+            texts.extend(rows)
+    return texts
 
 
-def _check_room(task: Task, item: Item, length: int, room: int | None, rest: str) -> None:
-    if room is not None and length > room:
-        raise TaskError(
-            f"task {task.name!r}, item {item.id!r}: {length} tokens, but the model has room for {room} "
-            f"beside {rest}; shorten the prompt or max_new_tokens"
+def _rows(context: tuple[int, ...], own: Sequence[tuple[list[int], int]]) -> list[Text]:
+    """Return the fewest texts that hold all continuations of a context: beginnings of others are read off those.
+
+    A continuation of n tokens is read off n positions: the last one of the context, and its own but the last.
+    """
+    found: list[tuple[tuple[int, ...], list[Reading]]] = []
+    for continuation, flat in sorted(own, key=lambda pair: (-len(pair[0]), pair[1])):
+        ids = (*context, *continuation[:-1])
+        home = next((reads for held, reads in found if held[: len(ids)] == ids), None)
+        if home is None:
+            found.append((ids, home := []))
+        home.extend((len(context) - 1 + step, token, flat + step) for step, token in enumerate(continuation))
+    return [Text(ids=ids, reads=tuple(reads)) for ids, reads in found]
+
+
+def _branching(context: tuple[int, ...], rows: Sequence[Text]) -> Text:
+    """Return the context as a text of its own, from which the rest of each row goes on."""
+    length = len(context)
+    reads = tuple(reading for row in rows for reading in row.reads if reading[0] < length)
+    branches = (
+        Text(
+            ids=row.ids[length:],
+            reads=tuple((place - length, token, flat) for place, token, flat in row.reads if place >= length),
         )
+        for row in rows
+        if len(row.ids) > length
+    )
+    return Text(ids=context, reads=reads, branches=tuple(branches))
+
+
+def _reading(texts: Sequence[Text], abilities: Abilities, sharing: bool) -> Iterator[Group]:
+    """Yield the groups of texts that begin alike."""
+    limits = [min(place for place, _, _ in text.reads) for text in texts]
+    beginnings = shared_beginnings([text.ids for text in texts], limits, sharing and abilities.caches)
+    for prefix, places in beginnings:
+        rows = [_without(texts[place], len(prefix)) for place in places]
+        exact = not abilities.positions or _beyond(abilities, len(prefix) + max(row.longest for row in rows))
+        for branching in (False, True):
+            part = tuple(row for row in rows if bool(row.branches) is branching)
+            if part:
+                yield Group(prefix=prefix, rows=part, equal=branching and exact)
+
+
+def _continuing(
+    requests: Sequence[tuple[int, Request]], encoder: Encoder, abilities: Abilities, sharing: bool
+) -> Iterator[Group]:
+    """Yield the groups of prompts that begin alike and are continued in the same way."""
+    encoded = dict(zip((place for place, _ in requests), encoder.prompts(requests), strict=True))
+    by_way: dict[Way, list[int]] = {}
+    for place, request in requests:
+        if request.at:
+            raise Refused(place, "`at` is for what is read; an answer has no positions before it is there")
+        if request.most < 1:
+            raise Refused(place, f"an answer needs room for a token or more, got {request.most}")
+        by_way.setdefault(Way(request.stop, request.most, request.entropy, request.top), []).append(place)
+    for way, places in by_way.items():
+        texts = [tuple(encoded[place]) for place in places]
+        beginnings = shared_beginnings(texts, [len(ids) - 1 for ids in texts], sharing and abilities.caches)
+        for prefix, members in beginnings:
+            rows = tuple(Prompt(ids=texts[own][len(prefix) :], request=places[own]) for own in members)
+            longest = len(prefix) + way.most + max(len(row.ids) for row in rows)
+            # padding to the left of everything is outside of every window, but after a prefix it would be counted
+            equal = not abilities.positions or (bool(prefix) and _beyond(abilities, longest))
+            yield Group(prefix=prefix, rows=rows, way=way, equal=equal)
+
+
+def _without(text: Text, length: int) -> Text:
+    """Return a text without its first tokens."""
+    reads = tuple((place - length, token, flat) for place, token, flat in text.reads)
+    return replace(text, ids=text.ids[length:], reads=reads)
+
+
+def _beyond(abilities: Abilities, length: int) -> bool:
+    return abilities.window is not None and length > abilities.window
+
+
+def _wide(row: Text | Prompt) -> int:
+    """Return how many positions of a row are read in one pass."""
+    if isinstance(row, Prompt):
+        return 1
+    return max(len({place for place, _, _ in own.reads}) for own in (row, *row.branches))
+
+
+def _check_at(place: int, request: Request, count: int) -> None:
+    if request.at and len(request.at) != count:
+        raise Refused(place, f"tokens are named at {len(request.at)} positions, but {count} are read")

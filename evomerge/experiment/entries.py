@@ -1,10 +1,13 @@
 """The keys of an experiment file, their types, bounds and defaults, and their JSON schema."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from evomerge.drivers import DRIVERS
+from evomerge.fitness.registry import ESTIMATORS
+from evomerge.fitness.schedule import SCHEDULES
 
 
 class _Strict(BaseModel):
@@ -70,13 +73,22 @@ class BudgetEntry(_Strict):
     candidates: int = Field(ge=1, description="Candidates that the driver may propose.")
 
 
-class EstimatorEntry(_Strict):
-    """How responses become scores."""
+class GatesEntry(_Strict):
+    """What a candidate must pass before its first item; see evomerge.evaluation.gates."""
 
-    name: Literal["mean", "p_irt"] = "mean"
-    items: int | None = Field(default=None, ge=1, description="mean: items per task; default: all of the split.")
-    anchors: int = Field(default=40, ge=2, description="p_irt: items per task after the warm-up.")
-    warmup: int = Field(default=24, ge=4, description="p_irt: random genomes that are asked everything.")
+    finite: bool = Field(default=True, description="Weights and log-likelihoods must be finite, and not all equal.")
+    repetition: int = Field(default=24, ge=0, description="Tokens to go on for, without endless repetition; 0: none.")
+    language: str = Field(default="", description="The language that the candidate must go on in; empty: any.")
+
+
+class BankEntry(_Strict):
+    """What other models answered to the same items, as a prior of the estimator; see `evomerge bank fit`."""
+
+    path: str = Field(description="The bank: NAME, NAME.json or NAME.safetensors, relative to the file.")
+    weight: float = Field(default=0.5, gt=0, lt=1, description="The share of the bank's models in a fit.")
+    nearest: bool = Field(
+        default=True, description="Take only the third of its models whose scores are nearest to the run's own."
+    )
 
 
 class SplitsEntry(_Strict):
@@ -106,7 +118,8 @@ class WorkersEntry(_Strict):
     gpus: float = Field(default=0.0, ge=0, description="GPUs per worker; a fraction shares one.")
     device: str = "cpu"
     resident_gb: float | None = Field(default=None, ge=0, description="GB of sources to keep on a GPU; default: all.")
-    batch: int = Field(default=128, ge=1, description="Items per forward pass.")
+    batch: int = Field(default=128, ge=1, description="The most rows of a batch.")
+    tokens: int = Field(default=1 << 14, ge=1, description="The most tokens of a batch, rows times length.")
     time_limit: float = Field(default=600.0, gt=0, description="Seconds after which a candidate has failed.")
 
 
@@ -126,7 +139,14 @@ class ExperimentFile(_Strict):
     objectives: list[ObjectiveEntry] = Field(min_length=1)
     driver: dict[str, Any] = Field(description="name: one of the drivers; and its settings.")
     budget: BudgetEntry
-    estimator: EstimatorEntry = EstimatorEntry()
+    estimator: dict[str, Any] = Field(
+        default={"name": "auto"}, description="name: how responses become scores; and its settings."
+    )
+    schedule: dict[str, Any] = Field(
+        default={"name": "fixed"}, description="name: who is asked how many items, and when; and its settings."
+    )
+    bank: BankEntry | None = None
+    gates: GatesEntry = GatesEntry()
     splits: SplitsEntry = SplitsEntry()
     baselines: BaselinesEntry = BaselinesEntry()
     finalists: int = Field(default=16, ge=1, description="Candidates re-scored on all validation items.")
@@ -142,11 +162,18 @@ class ExperimentFile(_Strict):
 def schema() -> dict[str, Any]:
     """Return the JSON schema of experiment files."""
     found = ExperimentFile.model_json_schema()
-    options = []
-    for name, settings in DRIVERS.items():
-        form = TypeAdapter(settings).json_schema()
-        form["properties"] = {"name": {"const": name}, **form.get("properties", {})}
-        form["required"] = ["name", *form.get("required", [])]
-        options.append(form | {"additionalProperties": False})
-    found["properties"]["driver"] = {"oneOf": options, "title": "Driver"}
+    kinds: Mapping[str, Mapping[str, Any]] = {"driver": DRIVERS, "estimator": ESTIMATORS, "schedule": SCHEDULES}
+    for key, known in kinds.items():
+        given = found["properties"][key]
+        kept = {word: given[word] for word in ("default", "description") if word in given}
+        options = [_named(name, settings) for name, settings in known.items()]
+        found["properties"][key] = {"oneOf": options, "title": key.capitalize(), **kept}
     return found
+
+
+def _named(name: str, settings: Any) -> dict[str, Any]:
+    """Return the schema of a value whose class is given by its name."""
+    form = TypeAdapter(settings).json_schema()
+    form["properties"] = {"name": {"const": name}, **form.get("properties", {})}
+    form["required"] = ["name", *form.get("required", [])]
+    return form | {"additionalProperties": False}

@@ -1,19 +1,19 @@
 """Resolves what an experiment file refers to into values that a search can use."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from evomerge import library
+from evomerge.bankfile import files_of, read_bank
 from evomerge.drivers import DRIVERS, Settings
 from evomerge.errors import ExperimentError, InvalidInput, nearest
-from evomerge.evaluation.jsonl import TaskFile, build_task, read_task
-from evomerge.evaluation.task import SPLITS, Task
+from evomerge.evaluation import SPLITS, Task, build_task, read_task
+from evomerge.evaluation.gates import Gates
 from evomerge.experiment.entries import (
     ExperimentFile,
     ModelsEntry,
@@ -23,6 +23,10 @@ from evomerge.experiment.entries import (
     SplitsEntry,
 )
 from evomerge.experiment.reading import one_line, read_file, read_yaml
+from evomerge.fitness.bank import Prior, prior
+from evomerge.fitness.estimator import Estimator
+from evomerge.fitness.registry import plain_estimator, read_estimator
+from evomerge.fitness.schedule import SCHEDULES, Fixed, Race, Warmup
 from evomerge.methods import Method, Parameter, check, method
 from evomerge.models.checkpoint import Checkpoint, check_compatible
 from evomerge.models.locate import locate
@@ -30,6 +34,17 @@ from evomerge.objective import Objective
 from evomerge.recipe import Route, Source
 from evomerge.spaces.blend import METHOD_AXIS, NONE, BlendSpace, ParameterRange, Range, Slot
 from evomerge.value import digest, parse, plain, value
+
+T = TypeVar("T")
+
+#: Estimators that need no candidate that was asked everything.
+_ROWLESS = ("auto", "mean", "stratified")
+
+#: The share of the search items that a bank must know.
+_LEAST_KNOWN = 0.5
+
+#: Keys of a task that is given in place, which may name a file or folder beside the experiment.
+_FILES = ("data", "include_path")
 
 #: The most lines that the slots of a space may make: each is checked before the search.
 _MOST_LINES = 4096
@@ -47,6 +62,10 @@ class Experiment:
         objectives: what is optimised, in order.
         tasks: the tasks that are asked, by name, cut to the splits' sizes.
         driver: the settings of the driver.
+        estimator: the settings of the estimator.
+        schedule: who is asked how many items, and when.
+        gates: what a candidate must pass before its first item.
+        bank: what other models answered to the search items, if the experiment names a bank.
     """
 
     file: ExperimentFile
@@ -56,6 +75,10 @@ class Experiment:
     objectives: tuple[Objective, ...]
     tasks: Mapping[str, Task]
     driver: Settings
+    estimator: Estimator
+    schedule: Fixed | Warmup | Race
+    gates: Gates
+    bank: Prior | None = None
 
     @property
     def identity(self) -> str:
@@ -63,16 +86,18 @@ class Experiment:
         space = plain(self.space)
         for source in [*space["sources"], *(space[key] for key in ("base", "calibration") if space[key])]:
             del source["path"]
-        asked = self.file.model_dump(include={"seed", "budget", "estimator", "baselines", "finalists", "dtype"})
+        asked = self.file.model_dump(include={"seed", "budget", "baselines", "finalists", "dtype"})
         # The last bits of answers may depend on these; how many workers there are, and where, changes nothing.
-        arithmetic = self.file.workers.model_dump(include={"batch", "device", "threads"})
+        arithmetic = self.file.workers.model_dump(include={"batch", "tokens", "device", "threads"})
         tasks = {name: task.fingerprint for name, task in self.tasks.items()}
-        driver = [type(self.driver).__name__, plain(self.driver)]
-        return digest([space, asked, arithmetic, tasks, driver, plain(self.objectives), len(self.baselines)])
+        named = [[type(one).__name__, plain(one)] for one in (self.driver, self.schedule, self.gates)]
+        bank = None if self.bank is None else [self.bank.digest, self.bank.weight, self.bank.nearest]
+        asking = [*named, plain_estimator(self.estimator), bank]
+        return digest([space, asked, arithmetic, tasks, asking, plain(self.objectives), len(self.baselines)])
 
     def items(self, split: str) -> dict[str, tuple[int, ...]]:
         """Return all items of a split, by task."""
-        return {name: tuple(range(len(task.splits[split]))) for name, task in self.tasks.items()}
+        return {name: tuple(range(task.count(split))) for name, task in self.tasks.items()}
 
 
 def load(path: Path) -> Experiment:
@@ -103,7 +128,9 @@ def resolve(file: ExperimentFile, path: Path) -> Experiment:
     entry = _find_space(file, path)
     depth = next(iter(checkpoints.values())).depth
     space = _space(entry, file, named, depth, _calibration(file, path), f"{path}: space")
-    objectives, tasks, places = _find_objectives(file, path)
+    objectives, tasks, places = _find_objectives(file, path, next(iter(folders.values())))
+    estimator, schedule = _asked(file, path)
+    bank = _bank(file, path, tasks)
     return Experiment(
         file=_absolute(file, path, folders, entry, places),
         folders=folders,
@@ -112,7 +139,22 @@ def resolve(file: ExperimentFile, path: Path) -> Experiment:
         objectives=objectives,
         tasks=tasks,
         driver=_driver(file, f"{path}: driver"),
+        estimator=estimator,
+        schedule=schedule,
+        gates=_gates(file, f"{path}: gates"),
+        bank=bank,
     )
+
+
+def tasks_of(path: Path) -> dict[str, Task]:
+    """Return the tasks of an experiment file, cut to the splits' sizes; its models need not be there.
+
+    Raises:
+        InvalidInput: one line with file, key path and the way out.
+    """
+    file = read_file(path)
+    template = path.resolve().parent / (file.models.base or next(iter(file.models.sources.values())))
+    return _find_objectives(file, path, template if template.is_dir() else None)[1]
 
 
 def _find_models(file: ExperimentFile, path: Path) -> dict[str, Path]:
@@ -175,7 +217,9 @@ def _space(
         raise ExperimentError(f"{place}: give either methods or slots")
     slots = entry.slots or {METHOD_AXIS: entry.methods}
     lines = _lines(slots, base is not None, f"{place}.slots" if entry.slots else f"{place}.methods")
-    wanting = next((line for line in lines.values() if line.statistics), None)
+    routes = tuple(_route(route, named, f"{place}.routes[{i}]") for i, route in enumerate(entry.routes))
+    used = [*lines.values(), *(method(route.blend.method, place) for route in routes)]
+    wanting = next((line for line in used if line.statistics), None)
     if wanting is not None and calibration is None:
         kinds = ", ".join(wanting.statistics)
         way = "give `calibration`, a file of texts"
@@ -193,7 +237,7 @@ def _space(
             modules=tuple(tuple(modules) for modules in entry.modules),
             weight=Range(**entry.weight.model_dump()),
             parameters=parameters,
-            routes=tuple(_route(route, named, f"{place}.routes[{i}]") for i, route in enumerate(entry.routes)),
+            routes=routes,
             dtype=file.dtype,
             seed=file.seed,
             calibration=calibration,
@@ -296,7 +340,7 @@ def _owner(
 
 
 def _find_objectives(
-    file: ExperimentFile, path: Path
+    file: ExperimentFile, path: Path, template: Path | None
 ) -> tuple[tuple[Objective, ...], dict[str, Task], dict[int, str | dict[str, Any]]]:
     objectives: list[Objective] = []
     tasks: dict[str, Task] = {}
@@ -306,16 +350,19 @@ def _find_objectives(
         if (entry.task is None) == (entry.property is None):
             raise ExperimentError(f"{place}: give either task or property")
         if entry.task is not None:
-            task, places[i] = _find_task(entry, path, place)
+            task, places[i] = _find_task(entry, path, place, template)
+            if task.reference is not None and task.reference not in [*file.models.sources, "base"]:
+                known = nearest(task.reference, [*file.models.sources, "base"])
+                raise ExperimentError(f"{place}: task {task.name!r} refers to no source {task.reference!r}; {known}")
             tasks[task.name] = _cut(task, file.splits, place)
-            name = task.name
+            name, usual = task.name, task.direction
         else:
-            name = entry.name or str(entry.property)
+            name, usual = entry.name or str(entry.property), "minimize"
             if name != entry.property:
                 raise ExperimentError(f"{place}.name: a property keeps its name, {entry.property!r}; leave it out")
         if name in [objective.name for objective in objectives]:
             raise ExperimentError(f"{place}: a second objective {name!r}; give it another name")
-        kind, usual = ("task", "maximize") if entry.task is not None else ("property", "minimize")
+        kind = "task" if entry.task is not None else "property"
         direction = entry.direction or usual
         objectives.append(Objective(name=name, kind=kind, direction=direction, weight=entry.weight))
     if not tasks:
@@ -323,17 +370,19 @@ def _find_objectives(
     return tuple(objectives), tasks, places
 
 
-def _find_task(entry: ObjectiveEntry, path: Path, place: str) -> tuple[Task, str | dict[str, Any]]:
+def _find_task(
+    entry: ObjectiveEntry, path: Path, place: str, template: Path | None
+) -> tuple[Task, str | dict[str, Any]]:
     if isinstance(entry.task, dict):
         if entry.name is None:
             raise ExperimentError(f"{place}.name: missing; a task that is given in place needs a name")
         data = dict(entry.task)
-        if isinstance(data.get("data"), str) and (path.parent / data["data"]).is_file():
-            data["data"] = str((path.parent / data["data"]).resolve())
-        task = parse(TaskFile, data, f"{place}.task", ExperimentError)
-        return build_task(task, entry.name, path.resolve().parent, f"{place}.task"), data
+        near = path.resolve().parent
+        task = build_task(data, entry.name, near, f"{place}.task", template)
+        files = [key for key, item in data.items() if isinstance(item, str) and (near / item).exists()]
+        return task, data | {key: str((near / data[key]).resolve()) for key in files if key in _FILES}
     found = library.find("fitness", str(entry.task), path, f"{place}.task")
-    return read_task(found, entry.name), str(found)
+    return read_task(found, entry.name, template), str(found)
 
 
 def _cut(task: Task, sizes: SplitsEntry, place: str) -> Task:
@@ -342,26 +391,74 @@ def _cut(task: Task, sizes: SplitsEntry, place: str) -> Task:
     Raises:
         ExperimentError: if a split has fewer items than asked for, or none.
     """
-    splits = {}
     for split in SPLITS:
-        items = task.splits.get(split, ())
-        wanted = getattr(sizes, split)
-        if not items or (wanted is not None and wanted > len(items)):
+        count, wanted = task.count(split), getattr(sizes, split)
+        if not count or (wanted is not None and wanted > count):
             wants = f"splits.{split} wants {wanted}" if wanted else "at least one is needed"
-            raise ExperimentError(f"{place}: task {task.name!r} has {len(items)} {split} items; {wants}")
-        splits[split] = items[:wanted]
-    return dataclasses.replace(task, splits=splits)
+            raise ExperimentError(f"{place}: task {task.name!r} has {count} {split} items; {wants}")
+    return task.cut({split: size for split in SPLITS if (size := getattr(sizes, split)) is not None})
 
 
 def _driver(file: ExperimentFile, place: str) -> Settings:
-    given = dict(file.driver)
-    name = given.pop("name", None)
-    if name is None:
-        raise ExperimentError(f"{place}.name: missing; known: {', '.join(DRIVERS)}")
-    if name not in DRIVERS:
-        raise ExperimentError(f"{place}.name: unknown driver {name!r}; {nearest(str(name), DRIVERS)}")
+    kind, given = _kind(file.driver, DRIVERS, place)
+    return _settings(kind, given, place)
+
+
+def _asked(file: ExperimentFile, path: Path) -> tuple[Estimator, Fixed | Warmup | Race]:
+    """Return estimator and schedule, and refuse two that do not fit."""
+    estimator = read_estimator(file.estimator, f"{path}: estimator")
+    kind, given = _kind(file.schedule, SCHEDULES, f"{path}: schedule")
+    schedule = _settings(kind, given, f"{path}: schedule")
+    rows = file.bank is not None or not isinstance(schedule, Fixed) or schedule.items is None
+    if not rows and file.estimator["name"] not in _ROWLESS:
+        raise ExperimentError(
+            f"{path}: estimator.name: {file.estimator['name']!r} is fitted to candidates that were asked everything, "
+            f"and the schedule fixed has none; take {', '.join(_ROWLESS)}, the schedule warmup, or a bank"
+        )
+    return estimator, schedule
+
+
+def _bank(file: ExperimentFile, path: Path, tasks: Mapping[str, Task]) -> Prior | None:
+    """Read the bank and bring it to the search items; refuse one that knows too few of them."""
+    if file.bank is None:
+        return None
+    place = f"{path}: bank.path"
     try:
-        return parse(DRIVERS[name], given, place, ExperimentError)
+        bank = read_bank(path.resolve().parent / file.bank.path)
+    except InvalidInput as problem:
+        raise ExperimentError(f"{place}: {problem}") from None
+    ids = {name: task.ids("search") for name, task in tasks.items() if task.bounded}
+    found = prior(bank, ids, file.bank.weight, file.bank.nearest)
+    if found.known < _LEAST_KNOWN * found.items or not found.items:
+        ours, theirs = next((own[0] for own in ids.values()), "none with bounds"), bank.table.items[0]
+        raise ExperimentError(
+            f"{place}: {file.bank.path} knows {found.known} of the {found.items} search items, and half are needed; "
+            f"its items are called like {theirs!r}, the search's like {ours!r}: give a bank of these, or leave it out"
+        )
+    return found
+
+
+def _gates(file: ExperimentFile, place: str) -> Gates:
+    try:
+        return Gates(**file.gates.model_dump())
+    except InvalidInput as problem:
+        raise ExperimentError(f"{place}: {problem}") from None
+
+
+def _kind(given: Mapping[str, Any], known: Mapping[str, type[T]], place: str) -> tuple[type[T], dict[str, Any]]:
+    """Return the class that is given by its name, and the other keys."""
+    name = given.get("name")
+    if name is None:
+        raise ExperimentError(f"{place}.name: missing; known: {', '.join(known)}")
+    if name not in known:
+        kind = place.rpartition(" ")[2]
+        raise ExperimentError(f"{place}.name: unknown {kind} {name!r}; {nearest(str(name), known)}")
+    return known[name], {key: item for key, item in given.items() if key != "name"}
+
+
+def _settings(kind: type[T], given: Mapping[str, Any], place: str) -> T:
+    try:
+        return parse(kind, given, place, ExperimentError)
     except ExperimentError as problem:
         text = str(problem)
         raise ExperimentError(text if text.startswith(place) else f"{place}: {text}") from None
@@ -380,10 +477,12 @@ def _absolute(
         sources={name: str(folders[name]) for name in file.models.sources},
     )
     objectives = [
-        entry.model_copy(update={"task": tasks[i]}) if i in tasks else entry
-        for i, entry in enumerate(file.objectives)
+        entry.model_copy(update={"task": tasks[i]}) if i in tasks else entry for i, entry in enumerate(file.objectives)
     ]
     calibration = None if file.calibration is None else str((path.parent / file.calibration).resolve())
+    bank = file.bank
+    if bank is not None:
+        bank = bank.model_copy(update={"path": str(files_of((path.parent / bank.path).resolve())[1])})
     return file.model_copy(
-        update={"models": models, "space": space, "objectives": objectives, "calibration": calibration}
+        update={"models": models, "space": space, "objectives": objectives, "calibration": calibration, "bank": bank}
     )

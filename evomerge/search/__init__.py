@@ -1,8 +1,9 @@
 """The search: how a run begins, its loop, and how long it takes."""
 
 from evomerge.search.beginning import open_pool, prepare, reference
-from evomerge.search.loop import Search, Watch
+from evomerge.search.loop import Search
 from evomerge.search.pace import Pace, measure_pace, planned, planned_items
+from evomerge.search.tape import Watch
 
 __all__ = [
     "Pace",

@@ -15,10 +15,10 @@ from evomerge import __version__
 from evomerge.errors import LedgerError
 from evomerge.evaluation.task import SPLITS
 from evomerge.experiment import Experiment
+from evomerge.fitness.schedule import Warmup
 from evomerge.ledger import Event, Ledger, Started
 from evomerge.models.architecture import place
 from evomerge.models.checkpoint import Checkpoint
-from evomerge.objective import Losses
 from evomerge.pool import InlinePool, Pool, RayPool
 from evomerge.recipe import Recipe, depths_of
 from evomerge.spaces.proposals import Proposal, baselines, warmup
@@ -35,10 +35,9 @@ def baselines_of(experiment: Experiment) -> list[Proposal]:
 
 
 def warmup_of(experiment: Experiment) -> list[Proposal]:
-    """Return the random genomes that are asked everything, where the estimator is fitted on them."""
-    if experiment.file.estimator.name != "p_irt":
-        return []
-    return warmup(experiment.space, experiment.file.estimator.warmup, experiment.file.seed)
+    """Return the random genomes that are asked everything, where the schedule has a warm-up."""
+    schedule = experiment.schedule
+    return warmup(experiment.space, schedule.random, experiment.file.seed) if isinstance(schedule, Warmup) else []
 
 
 def versions(experiment: Experiment) -> dict[str, str]:
@@ -57,20 +56,22 @@ def properties(experiment: Experiment, recipe: Recipe) -> dict[str, float]:
     return {"parameters": float(np.dot(times, sizes)), "depth": float(len(depths))}
 
 
-def reference(experiment: Experiment) -> Losses:
-    """Return the reference point of the hypervolume, fixed before the run.
+def reference(experiment: Experiment) -> tuple[float | None, ...]:
+    """Return the reference point of the hypervolume, as far as it is known before the run.
 
     Zero for a score that is maximised, one for a score that is minimised, and the greatest
-    (or least) value among the sources for a property.
+    (or least) value among the sources for a property. For a score without bounds it is the worst
+    among the sources too, which the run finds out: None.
     """
     sources = []
     if any(objective.kind == "property" for objective in experiment.objectives):
         sources = [properties(experiment, p.recipe) for p in baselines_of(experiment) if p.origin == "source"]
-    found = []
+    found: list[float | None] = []
     for objective in experiment.objectives:
         minimised = objective.direction == "minimize"
         if objective.kind == "task":
-            found.append(1.0 if minimised else 0.0)
+            bounded = experiment.tasks[objective.name].bounded
+            found.append((1.0 if minimised else 0.0) if bounded else None)
         else:
             found.append(max(objective.loss(source[objective.name]) for source in sources))
     return tuple(found)
@@ -123,8 +124,10 @@ def open_pool(experiment: Experiment) -> Pool:
         device=settings.device,
         threads=settings.threads,
         batch=settings.batch,
+        tokens=settings.tokens,
         budget=None if settings.resident_gb is None else int(settings.resident_gb * 1e9),
         trust_remote_code=experiment.file.trust_remote_code,
+        gates=experiment.gates,
     )
     if settings.pool == "inline":
         return InlinePool(setup.make, settings.time_limit)

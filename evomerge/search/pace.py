@@ -1,10 +1,12 @@
 """How long a run takes: what it asks at most, and how fast its workers answer."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from evomerge.evaluation.task import SPLITS
 from evomerge.experiment import Experiment
+from evomerge.fitness.schedule import Fixed, Race, Warmup
 from evomerge.pool import Job, Pool
 from evomerge.search.beginning import baselines_of, warmup_of
 from evomerge.value import value
@@ -13,18 +15,32 @@ from evomerge.value import value
 _SIZES = (4, 16, 64, 256)
 _ENOUGH = 1.0
 
+#: Generations beyond those that the budget fills: a driver's first may be smaller.
+_MORE = 1
+
 
 def planned(experiment: Experiment) -> dict[str, tuple[int, int]]:
-    """Return for each step of a run how many candidates it asks at most, and how many items of each."""
+    """Return for each step of a run how many candidates it asks at most, and how many items of each on average."""
     sizes = {s: sum(len(i) for i in experiment.items(s).values()) for s in SPLITS}
     known = len(baselines_of(experiment))
-    settings, candidates = experiment.file.estimator, experiment.file.budget.candidates
-    few = settings.anchors if settings.name == "p_irt" else settings.items
+    schedule, candidates = experiment.schedule, experiment.file.budget.candidates
+    few = None if isinstance(schedule, Race) else schedule.items
     each = sizes["search"] if few is None else sum(min(few, len(i)) for i in experiment.items("search").values())
     finalists = min(experiment.file.finalists, candidates)
+    promoted, again, more = 0, 0, 0
+    if isinstance(schedule, Warmup):
+        generations = math.ceil(candidates / experiment.driver.generation(len(experiment.space.axes))) + _MORE
+        again = schedule.elites * generations
+        promoted = (schedule.promote + schedule.honest) * (generations // schedule.every) + schedule.final
+        promoted = min(promoted, candidates)
+        closing = min(schedule.closing, candidates)
+        drawn = sum(min(schedule.closing_items, len(i)) for i in experiment.items("search").values())
+        more = promoted * (sizes["search"] - each) + closing * drawn
+        promoted += closing
     return {
-        "warm-up": (known + len(warmup_of(experiment)), sizes["search"] if settings.name == "p_irt" else each),
-        "search": (candidates, each),
+        "warm-up": (known + len(warmup_of(experiment)), each if isinstance(schedule, Fixed) else sizes["search"]),
+        "search": (candidates + again, each),
+        "promotion": (promoted, math.ceil(more / max(1, promoted))),
         "validation": (known + finalists, sizes["validation"]),
         "test": (known + finalists, sizes["test"]),  # if nobody dominates anybody
     }
@@ -46,7 +62,7 @@ class Pace:
         """Return the time that is left of a run for one worker, when so many items were asked at each step."""
         left = 0.0
         for step, (candidates, items) in planned(experiment).items():
-            share = max(0.0, 1 - done[step] / (candidates * items))
+            share = max(0.0, 1 - done[step] / max(1, candidates * items))
             left += share * candidates * (self.candidate + items * self.item)
         return left
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from evomerge.errors import EvomergeError
+from evomerge.evaluation.asking import asked
 from evomerge.evaluation.engine import Engine
 from evomerge.experiment import Experiment, load
 from evomerge.models.checkpoint import Checkpoint
@@ -97,7 +98,7 @@ def _measure(name: str, recipe: Recipe, experiment: Experiment, folder: Path) ->
         save(stream, template, folder / name, dtype=recipe.dtype)
         engine = Engine(folder / name, recipe.dtype, "cpu", 128, pretrained=True)
         for task, places in experiment.items("validation").items():
-            responses = engine.answer(engine.plan(experiment.tasks[task], "validation", places))
+            responses = asked(engine, experiment.tasks[task], "validation", places)
             row["scores"][task] = sum(response.value for response in responses) / len(responses)
     except EvomergeError as problem:
         row["error"] = str(problem)
@@ -114,13 +115,14 @@ def _sources(experiment: Experiment) -> Resident:
 def _texts(experiment: Experiment, folder: Path) -> Source:
     """Write the texts of some search items, which statistics are computed from."""
     texts = folder / "texts.txt"
-    lines = [_text(item) for task in experiment.tasks.values() for item in task.items("search")[:20]]
+    tasks: list[Any] = list(experiment.tasks.values())  # of files with rows, which have items
+    lines = [_text(item) for task in tasks for item in task.splits["search"][:20]]
     texts.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return Source(name="texts", path=str(texts))
 
 
 def _text(item: Any) -> str:
-    return f"{item.prompt}{item.answer}".replace("\n", " ")
+    return f"{item.prompt}{item.answers[0]}".replace("\n", " ")
 
 
 def _line(row: Mapping[str, Any], tasks: Sequence[str]) -> str:

@@ -110,7 +110,7 @@ def _measure(experiment: Experiment, folder: Path, rivals: Responses, seed: int)
         places = [rng.integers(own.shape[1], size=own.shape[1]) for own in front]
         draws.append((_volume(front, places), _volume(rivals, places)))
     ours, theirs = np.array(draws).T
-    each, all_items = run.per_candidate()
+    _, each, all_items = run.per_candidate()
     return {
         "seed": seed,
         "models": len(run.models()),

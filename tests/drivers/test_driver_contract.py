@@ -224,6 +224,26 @@ class DriverContract:
         assert len(found) == 24
         assert all(axis.contains(gene) for genome in found for axis, gene in zip(axes, genome, strict=True))
 
+    def test_revised_losses_are_taken_and_replay(self):
+        """Losses told again, and failures, of any earlier genome neither stop a driver nor leave a replay's course."""
+        size = self.settings.generation(len(MIXED))
+        runs = []
+        for _ in range(2):
+            driver, found, index = self.start(), [], 0
+            while len(found) < 4 * size:
+                batch = []
+                while (genome := driver.ask()) is not None:
+                    batch.append(genome)
+                for earlier in range(0, index, 3):
+                    driver.revise(earlier, None if earlier % 2 else (float(earlier), 0.5))
+                for genome in batch:
+                    driver.tell(index, genome, mixed(genome))
+                    index += 1
+                found += batch
+            runs.append(found)
+
+        assert runs[0] == runs[1]
+
     def test_bad_tells_are_refused(self):
         """What was not asked, told twice, not finite or of the wrong shape is an error, and changes nothing."""
         driver, clean = self.start(), self.start()

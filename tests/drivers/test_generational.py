@@ -1,6 +1,7 @@
 """Generational: what a strategy gets to see, and the helpers that keep a run new and repeatable."""
 
 import numpy as np
+import pytest
 
 from evomerge.drivers import Generational, Problem
 from evomerge.drivers.generational import Seen, generator, latin
@@ -28,6 +29,10 @@ class Recorder:
         """Write everything down."""
         self.taught.append((generation, list(genomes), list(losses)))
 
+    def revise(self, index, losses):
+        """Write it down."""
+        self.taught.append((index, losses))
+
 
 def test_strategy_learns_whole_generations_in_index_order():
     """Results told backwards reach the strategy in index order, once, with what was told."""
@@ -46,6 +51,25 @@ def test_strategy_learns_whole_generations_in_index_order():
     assert driver.ask() == (11,)
     driver.tell(4, (11,), None)
     assert strategy.taught[1] == (1, [(10,), (11,)], [(1.0,), None])
+
+
+def test_only_earlier_generations_are_revised():
+    """What was learned may be told again; what is in flight or was never asked may not."""
+    strategy = Recorder(2, 2)
+    driver = Generational(strategy, Problem(axes=AXES, objectives=1, seed=0))
+    for index in range(2):
+        driver.tell(index, driver.ask(), (0.5,))
+    strategy.taught.clear()
+    driver.tell(2, driver.ask(), (0.5,))
+
+    driver.revise(1, (0.25,))
+    driver.revise(0, None)
+    assert strategy.taught == [(1, (0.25,)), (0, None)]
+    for index in (-1, 2, 3):
+        with pytest.raises(ValueError, match="of no earlier generation"):
+            driver.revise(index, (0.5,))
+    with pytest.raises(ValueError, match="1 finite losses"):
+        driver.revise(0, (float("inf"),))
 
 
 def test_an_empty_generation_ends_the_run():

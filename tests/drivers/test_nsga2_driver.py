@@ -37,6 +37,35 @@ def ours(seed, count):
     return volume(found)
 
 
+def first_generation(driver):
+    """Tell a generation of six along a front, all as good, and return its genomes."""
+    genomes = [driver.ask() for _ in range(6)]
+    for index, genome in enumerate(genomes):
+        driver.tell(index, genome, (index / 5, 1 - index / 5))
+    return genomes
+
+
+def learned(revisions):
+    """Return the first losses in the population after revisions and a second generation of poor genomes."""
+    driver = Nsga2(population=6).start(Problem(axes=AXES[:1], objectives=2, seed=3))
+    first_generation(driver)
+    for index, losses in revisions.items():
+        driver.revise(index, losses)
+    for index in range(6, 12):
+        driver.tell(index, driver.ask(), (3.0, 3.0))
+    return sorted(driver._strategy._population.get("F")[:, 0].tolist())
+
+
+def test_a_revised_individual_counts_by_what_is_known_now():
+    """Better: it stays as such; worse than the newcomers: it has to go; failed: it is gone at once."""
+    plain = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+
+    assert learned({}) == pytest.approx(plain)
+    assert learned({2: (0.45, 0.5)}) == pytest.approx([*plain[:2], 0.45, *plain[3:]])
+    assert learned({5: (9.0, 9.0)}) == pytest.approx([*plain[:5], 3.0])
+    assert learned({0: None, 1: None}) == pytest.approx([*plain[2:], 3.0, 3.0])
+
+
 def theirs(seed, count):
     """The hypervolume of a run of pymoo's algorithm."""
     from pymoo.algorithms.moo.nsga2 import NSGA2

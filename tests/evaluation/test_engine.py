@@ -1,47 +1,66 @@
-"""The engine: answers as plain transformers gives them, one prompt at a time, whatever the batch."""
+"""The engine: outcomes as plain transformers and lm-eval's HFLM give them, one at a time, whatever the batch."""
 
 import json
+import logging
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evomerge.errors import CandidateError, ModelError, TaskError
+from evomerge.errors import CandidateError, ModelError
+from evomerge.evaluation import plan as planning
+from evomerge.evaluation.batches import Texts
 from evomerge.evaluation.decoding import make_stops
+from evomerge.evaluation.encoding import Encoder, Refused
 from evomerge.evaluation.engine import Engine
-from evomerge.evaluation.plan import cut_batches
-from evomerge.evaluation.task import Item, Task
+from evomerge.evaluation.prefixes import shared_beginnings
+from evomerge.evaluation.request import Request
 from tests.evaluation.tiny import BOS, CHARACTERS, END, EOS, SIZE, VOCABULARY, make_model, make_tokenizer, save
 
-KINDS = ("llama", "gpt2", "gpt_neox", "mamba")
+KINDS = ("llama", "gpt2", "gpt_neox", "qwen2", "gemma2", "mistral", "modernbert_decoder", "mamba")
 EVERYWHERE = pytest.mark.parametrize("kind", KINDS)
 LONGEST = 8
 
+#: What most prompts begin with: longer than a sliding window, and than what is worth sharing.
+EXAMPLES = "1+1=2, 2+2=4, 3+3=6, "
+
+
+def draw(rng: random.Random, low: int, high: int) -> str:
+    """Return random characters, none of which is a blank at an end."""
+    return "a" + "".join(rng.choice(CHARACTERS) for _ in range(rng.randint(low, high) - 2)) + rng.choice("xyz")
+
 
 def prompts(count: int, seed: int = 0) -> list[str]:
-    """Return random prompts of 1 to 14 characters."""
+    """Return random prompts; three of four have worked examples before them."""
     rng = random.Random(seed)
-    return ["".join(rng.choice(CHARACTERS) for _ in range(rng.randint(1, 14))) for _ in range(count)]
+    return [(EXAMPLES if i % 4 else "") + draw(rng, 2, 14) for i in range(count)]
 
 
-def generating(answers: list[str], asked: list[str], **changes) -> Task:
-    """Return a task of greedy generation."""
-    items = tuple(
-        Item(id=f"i{i}", prompt=prompt, answer=answer)
-        for i, (prompt, answer) in enumerate(zip(asked, answers, strict=True))
-    )
-    return Task(**{"name": "t", "kind": "generate", "splits": {"search": items}, "max_new_tokens": LONGEST, **changes})
-
-
-def choosing(count: int, choices: list[tuple[str, ...]], seed: int = 0) -> Task:
-    """Return a multiple choice task over random prompts; the right choice moves from place to place."""
-    items = tuple(
-        Item(id=f"i{i}", prompt=prompt, answer=own[i % len(own)], choices=own)
+def choices(count: int, seed: int = 0) -> list[Request]:
+    """Return what multiple choice asks: some choices are one token, some have beginnings in common."""
+    rng = random.Random(seed + 1)
+    kinds = [("1", "2", "3"), ("12", "13", "123", "4"), ("abc", "b"), (" x y", " x z", " x", " y x y")]
+    return [
+        Request(kind="loglikelihood", context=prompt, continuation=choice + extra)
         for i, prompt in enumerate(prompts(count, seed))
-        for own in [choices[i % len(choices)]]
-    )
-    return Task(name="t", kind="multiple_choice", splits={"search": items})
+        for extra in [draw(rng, 2, 6) if i % 5 == 0 else ""]
+        for choice in kinds[i % len(kinds)]
+    ]
+
+
+def answers(count: int, seed: int = 0, **changes) -> list[Request]:
+    """Return requests of greedy generation."""
+    form = {"kind": "generate", "most": LONGEST, **changes}
+    return [Request(**form, context=prompt) for prompt in prompts(count, seed)]
+
+
+def texts(count: int, seed: int = 0, **changes) -> list[Request]:
+    """Return requests to read whole texts, some longer than the model takes at once."""
+    rng = random.Random(seed)
+    return [Request(kind="rolling", continuation=draw(rng, 3, 200), **changes) for _ in range(count)]
 
 
 def plainly(model, tokenizer, prompt: str, longest: int = LONGEST) -> str:
@@ -51,16 +70,22 @@ def plainly(model, tokenizer, prompt: str, longest: int = LONGEST) -> str:
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def likelihoods(model, tokenizer, item: Item) -> list[float]:
-    """Return log p(choice | prompt) from one forward pass per choice, without padding."""
-    prompt = tokenizer(item.prompt)["input_ids"]
-    found = []
-    for choice in item.choices:
-        ids = prompt + tokenizer(choice, add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            log_p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        found.append(sum(float(log_p[i - 1, ids[i]]) for i in range(len(prompt), len(ids))))
-    return found
+def distributions(model, ids: list[int]) -> torch.Tensor:
+    """Return the log-probabilities after each token, from one unpadded forward pass."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+
+def ask(engine: Engine, requests: list[Request]) -> list:
+    """Plan and answer."""
+    return engine.answer(engine.plan(requests))
+
+
+def close(one: list, two: list) -> bool:
+    """Tell whether outcomes are the same up to rounding."""
+    exact = [[(o.tokens, o.greedy, o.text, o.ids) for o in own] for own in (one, two)]
+    numbers = [np.array([(o.loglikelihood, o.entropy) for o in own]) for own in (one, two)]
+    return exact[0] == exact[1] and np.allclose(*numbers, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -81,67 +106,236 @@ def models(tmp_path_factory):
 
 
 @EVERYWHERE
-def test_generation_equals_transformers_one_prompt_at_a_time(models, kind):
-    """Batches, padding and caching change no greedy answer: each response is right, and wrong for another answer."""
+def test_answers_equal_those_of_transformers_one_prompt_at_a_time(models, kind):
+    """Batches, padding, caches and shared examples change no greedy answer."""
     model, _, engine = models(kind)
-    asked = prompts(50)
-    answers = [plainly(model, engine.tokenizer, prompt) for prompt in asked]
-    task = generating(answers, asked)
+    requests = answers(40)
 
-    plan = engine.plan(task, "search", range(50))
-    found = [response.value for response in engine.answer(plan)]
-    swapped = engine.answer(engine.plan(generating(answers[1:] + answers[:1], asked), "search", range(50)))
+    found = ask(engine, requests)
 
-    assert len(set(answers)) > 30
-    assert found == [1.0] * 50
-    assert sum(response.value for response in swapped) == sum(
-        a.strip() == b.strip() for a, b in zip(answers, answers[1:] + answers[:1], strict=True)
-    )
-    assert any(batch.mask_BT is not None for batch in plan.prompts) == (kind != "mamba")
+    expected = [plainly(model, engine.tokenizer, request.context) for request in requests]
+    assert len(set(expected)) > 25
+    assert [outcome.text for outcome in found] == expected
 
 
 @EVERYWHERE
-def test_margins_equal_plain_forward_passes(models, kind):
-    """Margins are the differences of log-likelihoods that unpadded single passes give, shared prefixes or not."""
+def test_likelihoods_equal_plain_forward_passes(models, kind):
+    """Log-likelihood, greedy flag and entropy are those that an unpadded pass of the whole text gives."""
     model, _, engine = models(kind)
-    task = choosing(30, [("1", "2", "3"), ("12", "13", "123", "4"), ("abc", "b"), ("x y", "x z", "x", "y x y")])
+    first = [o.text[:3] or "a" for o in ask(engine, answers(6))]
+    likely = [Request(kind="loglikelihood", context=c, continuation=a) for c, a in zip(prompts(6), first, strict=True)]
+    requests = [replace(request, entropy=True) for request in choices(24) + likely]
 
-    found = engine.answer(engine.plan(task, "search", range(30)))
+    found = ask(engine, requests)
 
-    for item, response in zip(task.splits["search"], found, strict=True):
-        of = dict(zip(item.choices, likelihoods(model, engine.tokenizer, item), strict=True))
-        margin = of.pop(item.answer) - max(of.values())
-        assert response.margin == pytest.approx(margin, abs=2e-4)
-        assert response.value == float(margin > 0)
-    assert 0 < sum(response.value for response in found) < 30
-
-
-def test_a_model_that_keeps_all_logits_gives_the_same_margins(models, monkeypatch):
-    """Where a model cannot be told which logits are needed, they are picked from all."""
-    _, _, engine = models("llama")
-    plan = engine.plan(choosing(20, [("12", "13", "4"), ("5", "abcdef")]), "search", range(20))
-    expected = [response.margin for response in engine.answer(plan)]
-    monkeypatch.setattr(engine, "_accepts", engine._accepts - {"logits_to_keep"})
-
-    assert [response.margin for response in engine.answer(plan)] == pytest.approx(expected, abs=1e-4)
+    for request, outcome in zip(requests, found, strict=True):
+        context = engine.tokenizer(request.context)["input_ids"]
+        ids = context + engine.tokenizer(request.continuation, add_special_tokens=False)["input_ids"]
+        log_p = distributions(model, ids)[len(context) - 1 : -1]
+        own = ids[len(context) :]
+        assert outcome.tokens == len(own)
+        assert outcome.loglikelihood == pytest.approx(float(log_p[range(len(own)), own].sum()), abs=2e-4)
+        assert outcome.greedy == (log_p.argmax(-1).tolist() == own)
+        assert outcome.entropy == pytest.approx(float(-(log_p.exp() * log_p).sum(-1).mean()), abs=1e-4)
+    assert any(outcome.greedy for outcome in found[-len(likely) :])
 
 
-def test_forgetting_texts_changes_no_response(models, monkeypatch):
-    """The memory of decoded answers is only that: with room for one it gives the same responses."""
+@EVERYWHERE
+def test_outcomes_equal_those_of_the_harness(models, kind):
+    """lm-eval's HFLM says the same to the same requests: also where texts are empty, too long, or end in blanks."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    model, _, engine = models(kind)
+    lm = HFLM(pretrained=model, tokenizer=engine.tokenizer, batch_size=7, max_length=64)
+    odd = [("", "fgh"), ("", "<bos>xy"), ("ab ", "c d"), ("ab \n ", " c"), ("<bos>ad", "c"), ("a" * 80, "xyz")]
+    reading = [Request(kind="loglikelihood", context=a, continuation=b, cut=True) for a, b in odd] + choices(12)
+    rolling = texts(6, seed=1)
+    going = answers(10, seed=5, stop=("t", "ab")) + answers(1, stop=("t", "ab"), cut=True)
+    going[-1] = replace(going[-1], context=draw(random.Random(3), 90, 90))
+    engine_room = engine._room
+    engine._room = 64  # mamba has no limit; HFLM was given one
+
+    def theirs(kind: str, arguments: list[tuple]) -> list:
+        given = [Instance(kind, {}, own, i) for i, own in enumerate(arguments)]
+        return getattr(lm, kind)(given, disable_tqdm=True)
+
+    found = ask(engine, reading + rolling + going)
+    engine._room = engine_room
+
+    expected = theirs("loglikelihood", [(request.context, request.continuation) for request in reading])
+    assert [o.greedy for o in found[: len(reading)]] == [greedy for _, greedy in expected]
+    assert [o.loglikelihood for o in found[: len(reading)]] == pytest.approx([logp for logp, _ in expected], abs=2e-4)
+    expected = theirs("loglikelihood_rolling", [(request.continuation,) for request in rolling])
+    assert [o.loglikelihood for o in found[len(reading) : -len(going)]] == pytest.approx(expected, abs=1e-3)
+    settings = {"until": ["t", "ab"], "max_gen_toks": LONGEST, "do_sample": False}
+    assert [o.text for o in found[-len(going) :]] == theirs("generate_until", [(r.context, settings) for r in going])
+
+
+@EVERYWHERE
+def test_sharing_and_batches_change_no_outcome(models, kind):
+    """Fed once or again and again, alone or in company, in any order: outcomes are the same up to rounding."""
+    model, folder, engine = models(kind)
+    requests = choices(16) + texts(3) + answers(12, entropy=True, top=2)
+    requests = [requests[i] for i in random.Random(1).sample(range(len(requests)), len(requests))]
+    whole = ask(engine, requests)
+
+    for changes in ({"sharing": False}, {"batch": 1}, {"batch": 5, "tokens": 150}, {"sharing": False, "tokens": 1}):
+        other = Engine(folder, "float32", **{"batch": 16, **changes})
+        other.load(model.state_dict().items())
+        assert close(ask(other, requests), whole), changes
+    alone = [ask(engine, [requests[i]])[0] for i in range(0, len(requests), 9)]
+    assert close(alone, whole[::9])
+
+
+def test_what_is_alike_is_fed_once(models, monkeypatch):
+    """Examples are fed once per candidate, and a context once for all of its choices."""
+    model, folder, _ = models("llama")
+    engine = Engine(folder, "float32", batch=16)
+    engine.load(model.state_dict().items())
+    requests = [
+        Request(kind="loglikelihood", context=EXAMPLES + prompt, continuation=choice)
+        for prompt in ("a" * 9, "b" * 9, "c" * 9, "d" * 9, "e" * 9, "f" * 9, "g" * 9, "h" * 9)
+        for choice in ("123", "124", "5", "5678")
+    ]
+    fed = []
+    forward = engine.model.forward
+    monkeypatch.setattr(
+        engine.model, "forward", lambda **given: fed.append(given["input_ids"].numel()) or forward(**given)
+    )
+    engine._accepts = frozenset({"input_ids", "past_key_values", "use_cache", "attention_mask", "position_ids"})
+
+    ask(engine, requests)
+    once = list(fed)
+    ask(engine, requests)
+
+    # the beginning with <bos>; the contexts; of each the choices 12 and 567, for 5 stands at the context's end
+    assert once == [1 + len(EXAMPLES), 8 * 9, 2 * 8 * 3]
+    assert fed[len(once) :] == once[1:]
+    engine.load(model.state_dict().items())
+    fed.clear()
+    ask(engine, requests)
+    assert fed == once
+
+
+def test_beginnings_are_found_where_they_save_most():
+    """Texts are grouped by what they begin with, also where groups have something in common; the rest is left alone."""
+    common, one, two = range(20), range(100, 160), range(200, 260)
+    texts = [(*common, *rest, i) for rest in (one, two) for i in range(6)] + [(7, 7, i) for i in (1, 2)]
+    order = random.Random(0).sample(range(14), 14)
+    shuffled = [texts[i] for i in order]
+
+    found = shared_beginnings(shuffled, [len(text) - 1 for text in shuffled])
+
+    assert [prefix for prefix, _ in found] == [(*common, *one), (*common, *two), ()]
+    assert [sorted(order[place] for place in places) for _, places in found] == [
+        list(range(6)), list(range(6, 12)), [12, 13]
+    ]  # fmt: skip
+    assert shared_beginnings(shuffled, [10] * 14) == [((), list(range(14)))]
+    assert shared_beginnings([], []) == []
+    nested = [tuple(range(i)) for i in range(1, 400)]
+    assert sorted(place for _, places in shared_beginnings(nested, list(map(len, nested))) for place in places) == list(
+        range(399)
+    )
+
+
+def test_the_likeliest_tokens_and_those_that_were_named(models):
+    """`top` gives the likeliest tokens of each position, `at` the log-probabilities of others there."""
     model, _, engine = models("llama")
-    asked = prompts(10)
-    task = generating([plainly(model, engine.tokenizer, prompt) for prompt in asked], asked)
+    [request] = texts(1)
+    request = replace(request, continuation=request.continuation[:30])
+    ids = [BOS, *engine.tokenizer(request.continuation)["input_ids"]]
+    log_p = distributions(model, ids)[:-1]
+    best = log_p.topk(3, dim=-1)
+
+    [top] = ask(engine, [replace(request, top=3)])
+    named = tuple((i % SIZE, (i + 7) % SIZE)[: i % 3] for i in range(len(ids) - 1))
+    [at] = ask(engine, [replace(request, at=named)])
+
+    assert top.ids == tuple(map(tuple, best.indices.tolist()))
+    assert np.allclose(top.logp, best.values, atol=1e-4)
+    assert list(map(len, at.logp)) == list(map(len, named))
+    assert all(
+        np.allclose(own, log_p[place, list(tokens)], atol=1e-4)
+        for place, (own, tokens) in enumerate(zip(at.logp, named, strict=True))
+    )
+    with pytest.raises(Refused, match="named at 2 positions, but 31 are read"):
+        engine.plan([replace(request, at=named[:2])])
+
+
+def test_answers_tell_their_tokens_and_how_sure_they_were(models):
+    """With `top` an answer's likeliest tokens are its own, and its entropy is the mean over the steps taken."""
+    model, _, engine = models("llama")
+    requests = answers(12, top=1, entropy=True)
+
+    for request, outcome in zip(requests, ask(engine, requests), strict=True):
+        ids = engine.tokenizer(request.context)["input_ids"]
+        own = [step[0] for step in outcome.ids]
+        log_p = distributions(model, ids + own)[len(ids) - 1 : -1]
+        assert own == log_p.argmax(-1).tolist()
+        assert engine.tokenizer.decode(own[: outcome.tokens], skip_special_tokens=True) == outcome.text
+        assert outcome.entropy == pytest.approx(float(-(log_p.exp() * log_p).sum(-1).mean()), abs=1e-4)
+
+
+def test_a_cut_text_is_its_end(models):
+    """A text that is to be cut is read from its last tokens; others are read whole, in windows."""
+    model, _, engine = models("llama")
+    text = draw(random.Random(0), 150, 150)
+    ids = engine.tokenizer(text)["input_ids"]
+    log_p = distributions(model, [BOS, *ids[-64:-1]])
+
+    cut, whole = ask(engine, [Request(kind="rolling", continuation=text, cut=cut) for cut in (True, False)])
+
+    assert (cut.tokens, whole.tokens) == (64, 151)
+    assert cut.loglikelihood == pytest.approx(float(log_p[range(64), ids[-64:]].sum()), abs=2e-4)
+
+
+def test_a_model_that_computes_no_head_by_itself_gives_the_same(models, monkeypatch):
+    """Where the head is not a module, the wanted positions are taken from all logits."""
+    _, _, engine = models("llama")
+    requests = choices(10) + answers(5)
+    expected = ask(engine, requests)
+    monkeypatch.setattr(engine._head, "_pick", lambda *_: None)
+    hooks = engine.model.get_output_embeddings()._forward_pre_hooks
+    kept = dict(hooks)
+    hooks.clear()
+
+    found = ask(engine, requests)
+    hooks.update(kept)
+
+    assert close(found, expected)
+
+
+def test_a_model_with_a_state_of_its_own_goes_on_with_it(models):
+    """Where keys and values cannot be gone on from, answers go on with what the model itself keeps."""
+    _, _, engine = models("qwen2")
+    requests = answers(20, stop=("t",))
+    expected = ask(engine, requests)
+    abilities = engine._abilities
+    engine._abilities = replace(abilities, caches=False)
+
+    found = ask(engine, requests)
+    engine._abilities = abilities
+
+    assert close(found, expected)
+
+
+def test_forgetting_texts_changes_no_outcome(models, monkeypatch):
+    """The memory of decoded answers is only that: with room for one it gives the same outcomes."""
+    _, _, engine = models("llama")
+    expected = ask(engine, answers(10))
     monkeypatch.setattr("evomerge.evaluation.engine.TEXTS", 1)
     monkeypatch.setattr(engine, "_texts", {})
 
-    assert [response.value for response in engine.answer(engine.plan(task, "search", range(10)))] == [1.0] * 10
+    assert ask(engine, answers(10)) == expected
     assert len(engine._texts) == 1
 
 
 def test_an_answer_ends_at_the_end_of_sequence(models):
     """Tokens after any of the end tokens that config, tokenizer or generation config name do not count."""
     model, folder, _ = models("llama")
-    asked = prompts(30, seed=3)
+    requests = answers(30, seed=3)
     tokenizer = make_tokenizer()
     config = json.loads((folder / "generation_config.json").read_text())
     ends = [EOS, VOCABULARY["t"], VOCABULARY["6"]]
@@ -151,58 +345,50 @@ def test_an_answer_ends_at_the_end_of_sequence(models):
     finally:
         (folder / "generation_config.json").write_text(json.dumps(config))
     engine.load(model.state_dict().items())
-    whole = [plainly(model, tokenizer, prompt) for prompt in asked]
-    answers = [text.replace("6", "t").split("t")[0] for text in whole]
+    whole = [plainly(model, tokenizer, request.context) for request in requests]
+    expected = [text.replace("6", "t").split("t")[0] for text in whole]
 
-    found = engine.answer(engine.plan(generating(answers, asked), "search", range(30)))
+    found = ask(engine, requests)
 
     assert sum("t" in text for text in whole) > 5
-    assert [response.value for response in found] == [1.0] * 30
+    assert [outcome.text for outcome in found] == expected
+    assert [outcome.tokens for outcome in found] == [len(text) for text in expected]
 
 
-@pytest.fixture(scope="module")
-def texts(models) -> dict[str, str]:
-    """Return what the plain Llama model writes after each of 80 prompts."""
+@pytest.mark.parametrize("stop", [("t",), ("6t", "k"), ("tt",), ("", "t")])
+def test_stop_texts_end_answers_and_rows_that_ended_are_dropped(models, stop, monkeypatch):
+    """An answer is what stands before the first stop text, and no more is fed than the rows that still go on need."""
     model, _, engine = models("llama")
-    return {prompt: plainly(model, engine.tokenizer, prompt) for prompt in prompts(80, seed=4)}
-
-
-@pytest.mark.parametrize("stop", [("t",), ("6t", "k"), ("tt",)])
-def test_stop_texts_end_answers_and_save_steps(models, texts, stop, monkeypatch):
-    """An answer is what stands before the first stop text, and a batch ends when all its rows have one."""
-    _, _, engine = models("llama")
-    asked = [prompt for prompt, text in texts.items() if any(mark in text for mark in stop)]
-    whole = [texts[prompt] for prompt in asked]
-    ends = [min(text.find(mark) for mark in stop if mark in text) for text in whole]
-    answers = [text[:end].strip() for text, end in zip(whole, ends, strict=True)]
-    calls = []
-    forward = engine._forward
-    monkeypatch.setattr(engine, "_forward", lambda **given: calls.append(1) or forward(**given))
-    task = generating(answers, asked, stop=stop, max_new_tokens=40)
-    plan = engine.plan(task, "search", range(len(asked)))
+    requests = answers(32, seed=4, stop=stop, most=24)
+    whole = [plainly(model, engine.tokenizer, request.context, 24) for request in requests]
+    marks = [mark for mark in stop if mark]
+    places = [min((text.find(mark) for mark in marks if mark in text), default=len(text)) for text in whole]
+    plan = engine.plan(requests)
+    rows = []
+    step = engine._step
+    monkeypatch.setattr(engine, "_step", lambda **given: rows.append(len(given["input_ids"])) or step(**given))
 
     found = engine.answer(plan)
 
-    assert len(asked) > 5
-    assert [response.value for response in found] == [1.0] * len(asked)
-    # as many steps as the slowest row of a batch needs to write its stop text
-    assert len(calls) <= len(plan.prompts) * (max(ends) + max(map(len, stop)))
+    assert sum(any(mark in text for mark in marks) for text in whole) > 2
+    assert [outcome.text for outcome in found] == [text[:place] for text, place in zip(whole, places, strict=True)]
+    needed = sum(place + max(map(len, marks)) for place in places)
+    assert sum(rows) <= 4 / 3 * needed + len(requests)
 
 
 def test_only_tokens_that_may_complete_a_stop_text_are_decoded():
     """The suspects are the tokens with the last character of a stop text; special tokens end by themselves."""
-    stops = make_stops(make_tokenizer(), {EOS}, ("ab", "<end>", " "), SIZE + 4, "cpu")
+    stops = make_stops(make_tokenizer(), {EOS}, ("ab", "<end>", " ", ""), SIZE + 4, "cpu")
 
     assert {i for i in range(SIZE + 4) if stops.ends_V[i]} == {EOS, END}
     assert {i for i in range(SIZE + 4) if stops.suspects_V[i]} == {VOCABULARY["b"], VOCABULARY[" "]}
 
 
 def test_the_same_plan_gives_the_same_bits(models):
-    """Asked twice, also with another candidate in between, a model gives equal responses and margins."""
+    """Asked twice, also with another candidate in between, a model gives equal outcomes."""
     model, _, engine = models("llama")
     other = make_model("llama", seed=1)
-    task = choosing(20, [("12", "13", "4")])
-    plan = engine.plan(task, "search", range(20))
+    plan = engine.plan(choices(20) + answers(10))
 
     first = engine.answer(plan)
     engine.load(other.state_dict().items())
@@ -213,36 +399,101 @@ def test_the_same_plan_gives_the_same_bits(models):
     assert between != first
 
 
-def test_company_changes_no_response(models):
-    """An item's margin is the same alone, among others, and in another order, up to rounding."""
+class Scarce:
+    """Memory for so many tokens at once (rows times length of what is fed); for more there is none."""
+
+    def __init__(self, engine: Engine, tokens: int) -> None:
+        """Watch a model."""
+        self.forward, self.tokens, self.fed = engine.model.forward, tokens, []
+        engine.model.forward = self
+        engine._accepts = frozenset({"input_ids", "past_key_values", "use_cache", "attention_mask", "position_ids"})
+
+    def __call__(self, **given):
+        """Run the model, or run out of memory."""
+        self.fed.append(given["input_ids"].numel())
+        if self.fed[-1] > self.tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.forward(**given)
+
+
+@pytest.mark.parametrize("asked", [choices(20), answers(30), texts(8), choices(1, seed=3)[:3]])
+def test_a_batch_that_does_not_fit_is_halved(models, asked):
+    """Out of memory, the engine goes on with less, gives the same outcomes, and does not try so much again."""
+    model, folder, engine = models("llama")
+    expected = ask(engine, asked)
+    small = Engine(folder, "float32", batch=16)
+    small.load(model.state_dict().items())
+    memory = Scarce(small, max(len(prompt.continuation) for prompt in asked) + 60)
+
+    found = ask(small, asked)
+    tried = max(memory.fed)
+    memory.fed.clear()
+    again = ask(small, asked)
+
+    assert close(found, expected)
+    assert close(again, expected)
+    assert tried > memory.tokens or len(asked) == 3
+    assert max(memory.fed) <= memory.tokens
+
+
+@pytest.mark.parametrize("asked", [choices(4), answers(4)])
+def test_no_memory_for_one_row_fails_the_candidate(models, asked):
+    """Where not even a single row fits, the candidate has failed."""
+    model, folder, _ = models("llama")
+    engine = Engine(folder, "float32", batch=16)
+    engine.load(model.state_dict().items())
+    Scarce(engine, 0)
+
+    with pytest.raises(CandidateError, match="not enough memory on cpu for a single row"):
+        ask(engine, asked)
+
+
+def test_batches_keep_their_bounds(models):
+    """No batch has more rows or tokens than allowed but single rows, and all logits of a batch fit their bound."""
     _, _, engine = models("llama")
-    task = choosing(40, [("12", "13", "4"), ("5", "abcdef")])
-    whole = engine.answer(engine.plan(task, "search", range(40)))
-    order = random.Random(1).sample(range(40), 40)
+    plan = engine.plan(choices(30) + texts(5) + answers(30))
 
-    mixed = engine.answer(engine.plan(task, "search", order))
-    alone = [engine.answer(engine.plan(task, "search", [i]))[0] for i in range(0, 40, 7)]
+    for tokens in (64, 200, 1000):
+        for batch in plan.batches(tokens):
+            rows = len(batch.texts if isinstance(batch, Texts) else batch.prompts)
+            assert rows <= 16
+            assert batch.size <= tokens or batch.alone or rows == 1
+    assert plan.batches(200) is plan.batches(200)
 
-    assert [mixed[order.index(i)].margin for i in range(40)] == pytest.approx([r.margin for r in whole], abs=1e-4)
-    assert [r.margin for r in alone] == pytest.approx([r.margin for r in whole[::7]], abs=1e-4)
+
+def test_few_logits_are_asked_for_at_once(models, monkeypatch):
+    """Where many positions are read of each row, batches are smaller."""
+    _, _, engine = models("llama")
+    monkeypatch.setattr(planning, "LOGITS", 130 * SIZE)
+
+    batches = engine.plan(texts(8)).batches(10**6)
+
+    assert max(len(batch.first.row_U) for batch in batches) <= 130
+    assert len(batches) > 4
 
 
-def test_plans_are_made_once(models, monkeypatch):
-    """The same items of the same task are tokenised once; the oldest plan goes when there are too many."""
+def test_a_plan_is_kept_by_its_key(models, monkeypatch):
+    """The same key asks once for requests; the oldest plan goes when there are too many."""
     _, _, engine = models("llama")
     monkeypatch.setattr("evomerge.evaluation.engine.PLANS", 2)
     monkeypatch.setattr(engine, "_plans", {})
-    task = choosing(6, [("1", "2")])
+    made = []
 
-    first = engine.plan(task, "search", (0, 1))
+    def make() -> list[list[Request]]:
+        made.append(1)
+        return [choices(1), []]
 
-    assert engine.plan(task, "search", [0, 1]) is first
-    assert engine.plan(task, "search", [1, 0]) is not first
-    engine.plan(task, "search", [2])
-    assert engine.plan(task, "search", [0, 1]) is not first
+    plan, sizes = engine.kept("one", make)
+
+    assert sizes == (3, 0)
+    assert engine.kept("one", make)[0] is plan
+    engine.kept("two", make)
+    engine.kept("three", make)
+    assert engine.kept("one", make)[0] is not plan
+    assert len(made) == 4
 
 
-def test_the_engine_is_the_model_that_was_loaded(tmp_path, models):
+def test_the_engine_is_the_model_that_was_loaded(models):
     """After a load, weights and logits equal those of the model, and nothing was allocated anew."""
     _, folder, _ = models("llama")
     engine = Engine(folder, "float32")
@@ -324,74 +575,49 @@ def test_tensors_that_do_not_fit_are_refused(models, change, message):
         Engine(folder, "float32").load(tensors.items())
 
 
-@pytest.mark.parametrize("kind", ["generate", "multiple_choice"])
+@pytest.mark.parametrize("asked", [choices(3), texts(2), answers(3)])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_fail_the_candidate(models, kind, poison):
+def test_logits_that_are_not_finite_fail_the_candidate(models, asked, poison):
     """Not a number anywhere in the model is a failure and never a wrong answer."""
     model, folder, _ = models("llama")
     engine = Engine(folder, "float32")
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tensors["model.norm.weight"][3] = poison
     engine.load(tensors.items())
-    task = choosing(5, [("1", "2")]) if kind == "multiple_choice" else generating(["x"] * 5, prompts(5))
 
-    with pytest.raises(CandidateError, match=r"task 't': .*not finite"):
-        engine.answer(engine.plan(task, "search", range(5)))
+    assert not engine.finite
+    with pytest.raises(CandidateError, match="not finite"):
+        ask(engine, asked)
 
 
-def test_a_model_that_does_not_prefer_fails(models):
-    """Equal likelihoods of all choices of all items are a broken model, not chance."""
+def test_weights_are_finite_where_all_are(models):
+    """A sound model's weights count as finite, whatever their size."""
     model, folder, _ = models("llama")
-    engine = Engine(folder, "float32")
-    engine.load({**model.state_dict(), "lm_head.weight": torch.zeros(SIZE, 32)}.items())
+    engine = Engine(folder, "bfloat16")
+    engine.load({name: tensor * 1e30 for name, tensor in model.state_dict().items()}.items())
 
-    with pytest.raises(CandidateError, match="all choices of every item have one log-likelihood"):
-        engine.answer(engine.plan(choosing(5, [("1", "2", "3")]), "search", range(5)))
-
-
-def test_items_that_do_not_exist_are_refused(models):
-    """A place beyond the split and a negative one name task, split and size."""
-    _, _, engine = models("llama")
-
-    for place in (5, -1):
-        with pytest.raises(TaskError, match=f"'search' has 5 items, none at place {place}"):
-            engine.plan(choosing(5, [("1", "2")]), "search", [place])
+    assert engine.finite
 
 
 @pytest.mark.parametrize(
-    ("task", "room"),
+    ("request_", "message"),
     [
-        (generating(["x"], ["a" * 56]), 64 - LONGEST),
-        (Task(name="t", kind="multiple_choice", splits={"search": (
-            Item(id="i0", prompt="a" * 60, answer="1", choices=("1", "b" * 5)),)}), 64),
+        (Request(kind="generate", context="a" * 56, most=LONGEST), "57 tokens, but the model has room for 56 beside"),
+        (Request(kind="loglikelihood", context="a" * 60, continuation="b" * 5), "65 tokens, .* room for 64 beside"),
+        (Request(kind="loglikelihood", context="a", continuation="b" * 65, cut=True), "65 tokens, .* room for 64"),
+        (Request(kind="loglikelihood", context="a", continuation=""), "the continuation '' has no tokens"),
+        (Request(kind="generate", context="a"), "an answer needs room for a token or more, got 0"),
+        (Request(kind="generate", context="a", most=2, at=((1,),)), "`at` is for what is read"),
+        (Request(kind="guess", context="a"), "kind 'guess' is none of loglikelihood, rolling, generate"),
     ],
-)  # fmt: skip
-def test_items_that_are_too_long_for_the_model_are_refused(models, task, room):
-    """The 64 positions of the model must hold <bos>, the prompt and the answer."""
+)
+def test_requests_that_the_model_cannot_be_asked_are_refused(models, request_, message):
+    """The place of the request and the reason are named; the 64 positions must hold <bos>, prompt and answer."""
     _, _, engine = models("llama")
 
-    with pytest.raises(TaskError, match=rf"item 'i0': \d+ tokens, but the model has room for {room}"):
-        engine.plan(task, "search", [0])
-
-
-def test_a_choice_without_tokens_is_refused(models, monkeypatch):
-    """A choice that the tokenizer drops has no likelihood."""
-    _, _, engine = models("llama")
-    monkeypatch.setattr(engine, "tokenizer", Dropping())
-
-    with pytest.raises(TaskError, match="choice '2' has no tokens"):
-        engine.plan(choosing(1, [("1", "2")]), "search", [0])
-
-
-class Dropping:
-    """A tokenizer that knows no 2."""
-
-    bos_token_id = BOS
-    eos_token_id = None
-
-    def __call__(self, texts, add_special_tokens=True):
-        """Return no tokens for 2, one for others."""
-        return {"input_ids": [[] if text == "2" else [5] for text in texts]}
+    with pytest.raises(Refused, match=rf"request 1: {message}") as caught:
+        engine.plan([Request(kind="generate", context="b", most=2), request_])
+    assert caught.value.request == 1
 
 
 def test_an_empty_prompt_starts_with_the_first_token_there_is(tmp_path):
@@ -402,73 +628,45 @@ def test_an_empty_prompt_starts_with_the_first_token_there_is(tmp_path):
     answer = engine.tokenizer.decode(
         model.generate(torch.tensor([[BOS]]), max_new_tokens=LONGEST, do_sample=False)[0, 1:], skip_special_tokens=True
     )
+    empty = [Request(kind="generate", most=LONGEST), Request(kind="rolling"), Request(kind="loglikelihood")]
 
-    assert engine.answer(engine.plan(generating([answer], [""]), "search", [0]))[0].value == 1.0
+    assert ask(engine, empty[:1])[0].text == answer
+    with pytest.raises(Refused, match="the text has no tokens"):
+        engine.plan(empty[1:2])
     engine.tokenizer.bos_token = engine.tokenizer.eos_token = None
-    engine._plans.clear()
-    with pytest.raises(TaskError, match="the prompt has no tokens"):
-        engine.plan(generating([answer], [""]), "search", [0])
+    for request in (empty[0], replace(empty[1], continuation="a"), replace(empty[2], continuation="a")):
+        with pytest.raises(Refused, match="no first token"):
+            engine.plan([request])
 
 
-def test_no_items_are_no_responses(models):
-    """An empty job is answered with nothing."""
+def test_windows_have_the_length_that_model_or_tokenizer_names():
+    """Where the model has no limit the tokenizer's counts, and else lm-eval's 2048 tokens."""
+    tokenizer = make_tokenizer()
+
+    assert (Encoder(tokenizer, 64).window, Encoder(tokenizer, None).window) == (64, 2048)
+    tokenizer.model_max_length = 100
+    assert Encoder(tokenizer, None).window == 100
+
+
+def test_no_requests_are_no_outcomes(models):
+    """An empty plan is answered with nothing."""
     _, _, engine = models("llama")
 
-    assert engine.answer(engine.plan(choosing(5, [("1", "2")]), "search", [])) == []
-    assert engine.answer(engine.plan(generating(["x"], ["y"]), "search", [])) == []
+    assert ask(engine, []) == []
 
 
 @pytest.mark.parametrize(
-    ("files", "message"),
+    ("change", "message"),
     [
-        ({}, "no config.json"),
-        ({"config.json": "{"}, "transformers cannot build it"),
-        ({"config.json": '{"model_type": "none-such"}'}, "transformers cannot build it"),
-        ({"config.json": '{"model_type": "llama"}'}, "transformers cannot build it"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json; give the folder of a transformers model"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "transformers cannot build it"),
+        (lambda folder: None, "loads as torch.float32, but torch.bfloat16 is declared"),
     ],
 )
-def test_a_folder_that_is_no_model_is_refused(tmp_path, files, message):
-    """Missing and broken files are one line with the folder."""
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path, change, message):
+    """What is missing, broken, or not what was declared is named."""
+    folder = save(tmp_path / "m", make_model("llama"))
+    change(folder)
 
-    with pytest.raises(ModelError, match=message) as problem:
-        Engine(tmp_path, "float32")
-
-    assert str(tmp_path) in str(problem.value)
-    assert "\n" not in str(problem.value)
-
-
-def test_batches_hold_each_row_once_and_mix_only_what_is_left_over():
-    """Batches are within their size, cover all rows, and rows of one length stay together where they are many."""
-    rng = random.Random(0)
-    lengths = [rng.choice([3, 3, 3, 3, 5, 6, 7, 8, 9]) for _ in range(200)]
-
-    mixed = list(cut_batches(lengths, 16, padding=True))
-    pure = list(cut_batches(lengths, 16, padding=False))
-
-    for batches in (mixed, pure):
-        assert sorted(row for rows in batches for row in rows) == list(range(200))
-        assert max(map(len, batches)) <= 16
-    assert all(len({lengths[row] for row in rows}) == 1 for rows in pure)
-    assert len(mixed) <= len(pure)
-    assert sum(len({lengths[row] for row in rows}) > 1 for rows in mixed) <= 2
-
-
-def test_a_pretrained_engine_answers_with_the_folders_own_weights(models):
-    """Read back as a user would, a saved model gives the responses that it gave while live, bit for bit."""
-    _, folder, engine = models("llama")
-    task = choosing(20, [("12", "13", "4")])
-    live = engine.answer(engine.plan(task, "search", range(20)))
-
-    saved = Engine(folder, "float32", batch=16, pretrained=True)
-
-    assert saved.answer(saved.plan(task, "search", range(20))) == live
-
-
-def test_a_saved_model_of_another_dtype_is_refused(models):
-    """A folder whose config loads as float32 is not the bfloat16 model that was declared."""
-    _, folder, _ = models("llama")
-
-    with pytest.raises(ModelError, match=r"loads as torch\.float32, but torch\.bfloat16 is declared"):
+    with pytest.raises(ModelError, match=message):
         Engine(folder, "bfloat16", pretrained=True)
