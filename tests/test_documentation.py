@@ -55,7 +55,7 @@ def commands(text: str) -> list[str]:
 
 
 def of_kind(kind: str, text: str = METHODS) -> list[str]:
-    """Return the YAML blocks of a kind: recipe, mergekit, space, experiment or task."""
+    """Return the YAML blocks of a kind: recipe, mergekit, space, experiment, part of one, or task."""
     return [block for block in blocks(text, "yaml") if kind_of(block) == kind]
 
 
@@ -64,6 +64,7 @@ def kind_of(block: str) -> str:
     data = yaml.safe_load(block)
     told = {"routes": "recipe", "merge_method": "mergekit", "slots": "space", "budget": "experiment"}
     told |= dict.fromkeys(("prompt", "measure", "lm_eval"), "task")
+    told |= dict.fromkeys(("objectives", "estimator", "schedule", "bank", "gates", "workers"), "part")
     return next(kind for key, kind in told.items() if key in data)
 
 
@@ -307,10 +308,13 @@ def test_the_page_on_lm_eval_names_every_key() -> None:
 
 def test_the_files_of_the_readme_are_what_it_says(desk: Path) -> None:
     """Experiment and tasks have known keys and values, the recipe builds a model, and the listed names exist."""
-    for block in of_kind("experiment", README):
-        ExperimentFile.model_validate(yaml.safe_load(block))
-    for block in of_kind("task", README):
-        keys = yaml.safe_load(block)
+    wholes = [yaml.safe_load(block) for block in of_kind("experiment", README)]
+    files = [wholes[0] | yaml.safe_load(block) for block in of_kind("part", README)] + wholes
+    tasks = [yaml.safe_load(block) for block in of_kind("task", README)]
+    for file in files:
+        read = ExperimentFile.model_validate(file)
+        tasks += [entry.task for entry in read.objectives if isinstance(entry.task, dict)]
+    for keys in tasks:
         if "measure" in keys:
             assert keys["measure"] in MEASURES
             continue
@@ -321,7 +325,7 @@ def test_the_files_of_the_readme_are_what_it_says(desk: Path) -> None:
 
     assert len(recipes) == 1
     assert blocks(README, "yaml") == [b for b in blocks(README, "yaml") if kind_of(b) in
-                                      ("experiment", "task", "recipe")]  # fmt: skip
+                                      ("experiment", "part", "task", "recipe")]  # fmt: skip
     for line in commands(README):
         if line.split()[1] in ("ls", "show"):
             assert run(line.split()[1:])
