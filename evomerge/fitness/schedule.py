@@ -113,11 +113,16 @@ class Warmup:
     def headline(self) -> str:
         """What is asked, in a line."""
         often = "each generation" if self.every == 1 else f"each {self.every} generations"
-        return (
-            f"{self.items} items a task after a warm-up of {self.random} random genomes; "
-            f"{self.promote} + {self.honest} promoted {often}, {self.final} at the end, {self.elites} elites"
-            + (f"; the best {self.closing} compared on {self.closing_items} more" if self.closing else "")
-        )
+        parts = [f"{self.items} items a task after a warm-up of {self.random} random genomes"]
+        if self.promote + self.honest:
+            parts.append(f"{self.promote} + {self.honest} promoted {often}")
+        if self.elites:
+            parts.append(f"{self.elites} elites asked again")
+        if self.final:
+            parts.append(f"{self.final} asked everything at the end")
+        if self.closing:
+            parts.append(f"the best {self.closing} compared on {self.closing_items} more")
+        return "; ".join(parts)
 
     def promotes(self, step: int) -> bool:
         """Tell whether the generation of this number, from 0, promotes."""
