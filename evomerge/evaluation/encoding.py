@@ -114,7 +114,7 @@ class Encoder:
         if not continuation:
             raise Refused(place, f"the continuation {request.continuation!r} has no tokens")
         if len(continuation) > self.window:
-            raise Refused(place, _long(len(continuation), self.window, "anything"))
+            raise Refused(place, _long(len(continuation), self.window))
         over = len(context) + len(continuation) - 1  # the last token is read and never fed
         if request.cut and over > self.window:
             return context[over - self.window :], continuation
@@ -140,5 +140,7 @@ def _split(context: str, continuation: str) -> tuple[str, str]:
     return context.rstrip(), context + continuation
 
 
-def _long(length: int, room: int, rest: str) -> str:
+def _long(length: int, room: int, rest: str = "") -> str:
+    if not rest:
+        return f"{length} tokens, but the model has room for {room}; shorten the text, or make its `window` smaller"
     return f"{length} tokens, but the model has room for {room} beside {rest}; shorten the prompt or the answer"
