@@ -21,7 +21,7 @@ from evomerge import __version__, library
 from evomerge.errors import EvomergeError, ExperimentError, InvalidInput, nearest
 
 if TYPE_CHECKING:
-    from evomerge.experiment import Experiment
+    from evomerge.experiment import Experiment, Stages
     from evomerge.ledger import Event
     from evomerge.oneoff import OneOff
     from evomerge.pool import Pool
@@ -41,6 +41,9 @@ app.add_typer(zoo, name="zoo")
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+#: What a run in stages has in its folder; see `evomerge.experiment.staging`.
+STAGES = "stages.yaml"
 
 #: Seconds between two lines of progress where there is no terminal to redraw.
 _EVERY = 10.0
@@ -84,9 +87,14 @@ def _version(
 @_safely
 def run(experiment: ExperimentArgument, runs: RunsOption = Path("runs")) -> None:
     """Run an experiment, or go on with it where it stopped."""
-    from evomerge.experiment import load
+    from evomerge.experiment import load, read_stages
 
-    loaded = load(_file(experiment))
+    path = _file(experiment)
+    stages = read_stages(path)
+    if stages is not None:
+        _conduct_stages(stages, runs / stages.name)
+        return
+    loaded = load(path)
     _conduct(loaded, runs / loaded.file.name)
 
 
@@ -94,6 +102,13 @@ def run(experiment: ExperimentArgument, runs: RunsOption = Path("runs")) -> None
 @_safely
 def resume(folder: RunArgument) -> None:
     """Go on with a run where it stopped."""
+    if (folder / STAGES).is_file():
+        from evomerge.experiment import read_stages
+
+        stages = read_stages(folder / STAGES)
+        if stages is not None:
+            _conduct_stages(stages, folder)
+            return
     _conduct(_experiment_of(folder), folder)
 
 
@@ -104,7 +119,8 @@ def status(folder: RunArgument) -> None:
     from evomerge.report import render_status
     from evomerge.run import open_run
 
-    out.print(render_status(open_run(folder)))
+    for each in _runs_in(folder):
+        out.print(render_status(open_run(each)))
 
 
 @app.command()
@@ -114,7 +130,8 @@ def report(folder: RunArgument) -> None:
     from evomerge.report import render_report
     from evomerge.run import open_run
 
-    out.print(render_report(open_run(folder)))
+    for each in _runs_in(folder):
+        out.print(render_report(open_run(each)))
 
 
 @app.command()
@@ -162,9 +179,11 @@ def check(experiment: ExperimentArgument) -> None:
     if _is_recipe(path):
         _check_recipe(path)
     else:
-        from evomerge.experiment import load
+        from evomerge.experiment import load, read_stages
 
-        out.print(_plan(load(path)))
+        stages = read_stages(path)
+        for k in range(len(stages.names) if stages else 1):
+            out.print(_plan(stages.check(k) if stages else load(path)))
     out.print(f"{path}: good", soft_wrap=True)
 
 
@@ -343,6 +362,31 @@ def _experiment_of(folder: Path) -> "Experiment":
     return load(folder / "experiment.yaml")
 
 
+def _runs_in(folder: Path) -> list[Path]:
+    """Return the folder of a run, or the folders of its stages that have begun, each announced."""
+    if not (folder / STAGES).is_file():
+        return [folder]
+    names = [each["name"] for each in yaml.safe_load((folder / STAGES).read_text(encoding="utf-8"))["stages"]]
+    found = [folder / name for name in names if (folder / name / "ledger.jsonl").is_file()]
+    out.print(f"{folder}: {len(found)} of {len(names)} stages have begun: {', '.join(path.name for path in found)}")
+    return found
+
+
+def _conduct_stages(stages: "Stages", folder: Path) -> None:
+    """Run or go on with stages, one after the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{STAGES}.partial"
+    partial.write_text(yaml.safe_dump(dict(stages.data), sort_keys=False), encoding="utf-8")
+    os.replace(partial, folder / STAGES)
+    for k, name in enumerate(stages.names):
+        out.print(Text(f"stage {k + 1} of {len(stages.names)}: {name}", style="bold"))
+        try:
+            _conduct(stages.load(k, folder), folder / name)
+        except KeyboardInterrupt:
+            out.print(f"the stages go on with: evomerge resume {folder}")
+            raise
+
+
 def _conduct(experiment: "Experiment", folder: Path) -> None:
     """Run or go on with an experiment in a folder, export its front, and report."""
     from evomerge.report import Progress, render_report
@@ -445,7 +489,7 @@ def _plan(experiment: "Experiment") -> Table:
     from evomerge.search import planned_items
 
     file, space = experiment.file, experiment.space
-    base = f" over {Path(space.base.path).name}" if space.base else ""
+    base = f" over {Path(space.base.path).name or space.base.name}" if space.base else ""
     items = ", ".join(f"{name} {task.count('search')}" for name, task in experiment.tasks.items())
     workers = file.workers
     where = f"{workers.count} Ray" if workers.pool == "ray" else "inline"
@@ -453,8 +497,7 @@ def _plan(experiment: "Experiment") -> Table:
     rows = {
         "experiment": f"{file.name}, seed {file.seed}",
         "models": f"{', '.join(source.name for source in space.sources)}{base}; {space.depth} layers, {file.dtype}",
-        "space": f"{len(space.axes)} genes; {', '.join(space.methods)}; {space.knots} {space.profile} "
-        f"over depth, modules {' | '.join('+'.join(m) for m in space.modules)}",
+        "space": f"{len(space.axes)} genes; {space.headline}",
         "objectives": ", ".join(f"{o.direction} {o.name}" for o in experiment.objectives),
         "items": f"search split: {items}",
         "scoring": f"{experiment.schedule.headline}; estimator {file.estimator['name']}",

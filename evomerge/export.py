@@ -16,13 +16,15 @@ from evomerge.evaluation.engine import Engine
 from evomerge.evaluation.request import Outcome
 from evomerge.evaluation.task import SPLITS, Task
 from evomerge.experiment import Experiment
+from evomerge.experiment.sources import leaf_of
 from evomerge.ledger import Answered, Event
 from evomerge.models import mergekit
+from evomerge.models.anatomy import additions_of
 from evomerge.models.checkpoint import Checkpoint
-from evomerge.models.materialize import materialize, statistics_for
+from evomerge.models.materialize import materialize, statistics_for, without_scales
 from evomerge.models.resident import OnDisk
 from evomerge.models.save import save
-from evomerge.recipe import Recipe, depths_of, to_yaml
+from evomerge.recipe import Recipe, depths_of, models_of, to_yaml
 from evomerge.run import Run
 from evomerge.spaces.proposals import baselines, recipe_of
 from evomerge.value import plain
@@ -101,22 +103,25 @@ def _write(
 ) -> dict[str, int]:
     """Write one model beside its place, check it, and move it there."""
     staging = folder.parent / f".{folder.name}.unchecked"
-    names = {source.name for source in recipe.sources} | ({recipe.base.name} if recipe.base else set())
-    sources = OnDisk({name: path for name, path in experiment.folders.items() if name in names})
-    template = Checkpoint(experiment.folders[(recipe.base or recipe.sources[0]).name])
+    sources = OnDisk({name: experiment.folders[name] for name in models_of(recipe)})
+    owner = recipe.base or recipe.sources[0]
+    template = Checkpoint(experiment.folders[leaf_of(owner)])
     device = experiment.file.workers.device
     statistic = statistics_for(
         recipe, experiment.folders, device=device, trust_remote_code=experiment.file.trust_remote_code
     )
-    stream = ((name, tensor.to("cpu")) for name, tensor in materialize(recipe, sources, device, statistic))
-    theirs = mergekit.to_mergekit(recipe, template.names, template.depth)
-    beyond = "" if theirs else mergekit.expressible(recipe, template.names, template.depth)
+    additions = additions_of(recipe, template.path, experiment.file.trust_remote_code)
+    built = materialize(recipe, sources, device, statistic, additions)
+    stream = ((name, tensor.to("cpu")) for name, tensor in built)
+    plainly = without_scales(recipe, template.names, additions)
+    theirs = mergekit.to_mergekit(plainly, template.names, template.depth)
+    beyond = "" if theirs else mergekit.expressible(plainly, template.names, template.depth)
     files = {
         "recipe.yaml": to_yaml(recipe),
         "README.md": _card(experiment, run, recipe, number, beyond),
         **({MERGEKIT: theirs} if theirs else {}),
     }
-    depths = depths_of(recipe, (recipe.base or recipe.sources[0]).name)
+    depths = depths_of(recipe, owner.name) or None
     try:
         save(stream, template, staging, dtype=recipe.dtype, extra_files=files, depths=depths, replace=True)
         check = _check(experiment, staging, recorded)

@@ -128,6 +128,11 @@ class SearchSpace(Protocol):
         """The axes, in the order of the genome."""
         ...
 
+    @property
+    def start(self) -> Genome | None:
+        """Where a search should begin, if the space knows that."""
+        ...
+
     def decode(self, genome: Genome) -> Recipe:
         """Return the recipe of a genome; every genome within the bounds is some recipe."""
         ...

@@ -45,7 +45,7 @@ class Started:
 class Asked:
     """A candidate was proposed.
 
-    `origin` says by whom: source, average, arithmetic (the baselines), warmup or search.
+    `origin` says by whom: source, average, arithmetic (the baselines), probe, warmup or search.
     `same_as` names an earlier candidate whose recipe is the same: its answers count for both.
     """
 
@@ -62,7 +62,9 @@ class Answered:
     """A worker answered items of a split for a candidate, or says why it could not.
 
     `items` holds the items by task; of a task that is not in it all items of the split were asked, if it has responses.
-    A candidate may answer a split bit by bit.
+    A candidate may answer a split bit by bit. `layers` counts, for stacks, what the worker did: layers that were `run`
+    on a batch and that were `spared` because hidden states were kept, both also in tokens (`run_tokens`,
+    `spared_tokens`), and the `bytes` that it keeps. It depends on who was asked before by the same worker.
     """
 
     candidate: int
@@ -72,6 +74,7 @@ class Answered:
     margins: Mapping[str, tuple[float, ...]]
     error: str | None = None
     seconds: float = 0.0
+    layers: Mapping[str, int] = field(default_factory=dict)
 
 
 @value
@@ -234,14 +237,15 @@ def read(path: Path) -> tuple[Event, ...]:
 def settled(events: Sequence[Event]) -> list[Event]:
     """Return what two runs of one experiment have in common whatever their timing.
 
-    Timing fields are set to zero, and the answers between two other events, which arrive
-    in any order when several workers are at work, are sorted by candidate; those of one candidate keep their order.
+    Timing fields are set to zero, counts of layer passes left out, and the answers between two other events, which
+    arrive in any order when several workers are at work, are sorted by candidate; those of one candidate keep their
+    order.
     """
     found: list[Event] = []
     answers: list[Answered] = []
     for event in events:
         if isinstance(event, Answered):
-            answers.append(replace(event, seconds=0.0))
+            answers.append(replace(event, seconds=0.0, layers={}))
             continue
         found += _by_candidate(answers)
         answers = []

@@ -12,9 +12,10 @@ from evomerge.card import blended, model_card
 from evomerge.errors import InvalidInput, RecipeError
 from evomerge.methods import method
 from evomerge.models import mergekit
+from evomerge.models.anatomy import additions_of
 from evomerge.models.checkpoint import Checkpoint
 from evomerge.models.locate import locate
-from evomerge.models.materialize import Blueprint, Step, plan, statistics_for
+from evomerge.models.materialize import Blueprint, Step, plan, statistics_for, without_scales
 from evomerge.models.resident import OnDisk, Sources
 from evomerge.models.save import save
 from evomerge.models.statistics import digest_of
@@ -63,7 +64,9 @@ class OneOff:
             self.folders = {name: Path(source.path) for name, source in models_of(self.recipe).items()}
             self._first = next(iter(self.folders))
             self.sources = self._open()
-            self.steps = plan(self.recipe, self.sources.names, self.sources.depth)
+            self._additions = additions_of(self.recipe, self.folders[self._first])
+            plainly = without_scales(self.recipe, self.sources.names, self._additions)
+            self.steps = plan(plainly, self.sources.names, self.sources.depth)
         except InvalidInput as problem:
             text = str(problem)
             raise RecipeError(text if text.startswith(str(path)) else f"{path}: {text}") from None
@@ -154,7 +157,7 @@ class OneOff:
 
     def _stream(self, device: str, advance: Callable[[int], None]) -> Iterator[tuple[str, "Tensor"]]:
         statistic = statistics_for(self.recipe, self.folders, device=device)
-        blueprint = Blueprint(self.recipe, self.sources, device, statistic)
+        blueprint = Blueprint(self.recipe, self.sources, device, statistic, additions=self._additions)
         apart = self.together > 1 and device == "cpu"
         names = (step.name for step in self.steps)
         for name, tensor in together(blueprint.tensor, names, self.together) if apart else blueprint.stream():

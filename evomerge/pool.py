@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
@@ -20,12 +20,16 @@ from evomerge.value import value
 
 @value
 class Job:
-    """Items to ask of one candidate: places in a split, by task."""
+    """Items to ask of one candidate: places in a split, by task.
+
+    `branches` says after how many hops stacks that are still to be asked branch off from this one.
+    """
 
     candidate: int
     recipe: Recipe
     split: str
     items: Mapping[str, tuple[int, ...]]
+    branches: tuple[int, ...] = ()
 
 
 @value
@@ -33,7 +37,8 @@ class Answer:
     """What came back for a job: responses by task, in the order of the job's items, or the reason why not.
 
     `margins` holds the log-likelihood margins of the tasks that have them, in nats; `error` is one
-    line, and then `responses` is None; `seconds` is how long the worker took.
+    line, and then `responses` is None; `seconds` is how long the worker took. `layers` counts, for stacks, the layer
+    passes of this job; see `evomerge.ledger.Answered`.
     """
 
     candidate: int
@@ -42,6 +47,7 @@ class Answer:
     margins: Mapping[str, tuple[float, ...]]
     error: str | None
     seconds: float
+    layers: Mapping[str, int] = field(default_factory=dict)
 
 
 class Worker(Protocol):

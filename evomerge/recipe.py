@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -117,6 +118,8 @@ class Recipe:
         dtype: of the model that is built, scored and shipped.
         layers: the layer of the sources that each layer takes its tensors from: one number for all of them, or one
             per source and base; empty: each its own.
+        scales: by what the input of each layer is multiplied; empty: by 1. What is written has them folded into the
+            layers' output projections, see `evomerge.hops`.
         seed: keys the random masks of methods that have them.
         calibration: a file of texts, for methods that take statistics.
         tokenizer: empty where all sources share one vocabulary; "union" of theirs, or the source (or base) whose
@@ -128,6 +131,7 @@ class Recipe:
     routes: tuple[Route, ...]
     dtype: str
     layers: tuple[int | Mapping[str, int], ...] = ()
+    scales: tuple[float, ...] = ()
     seed: int = 0
     calibration: Source | None = None
     tokenizer: str = ""
@@ -151,6 +155,11 @@ class Recipe:
             if isinstance(given, Mapping) and set(given) != set(names):
                 way = f"give one layer for all, or each of {names} its own"
                 raise RecipeError(f"recipe layer {k}: {way}, got {dict(given)}")
+        if self.scales and len(self.scales) != len(self.layers):
+            raise RecipeError(f"recipe has {len(self.layers)} layers but {len(self.scales)} scales; give one for each")
+        for k, scale in enumerate(self.scales):
+            if not (math.isfinite(scale) and scale > 0):
+                raise RecipeError(f"recipe scale {k} must be finite and above 0, got {scale}; no weight can undo it")
         sources = names[: len(self.sources)]
         for blend in self.blends():
             for name in blend.weights:
@@ -187,7 +196,14 @@ class Recipe:
             each["blend"] = canonical(route.blend.method, route.blend.weights, route.blend.parameters)
         if not any(draws(blend.method, blend.weights, blend.parameters) for blend in self.blends()):
             del form["seed"]
+        if not self.scaled:
+            del form["scales"]
         return digest(form)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether any layer's input is multiplied by another number than 1."""
+        return any(scale != 1.0 for scale in self.scales)
 
 
 def _listed(sources: "Source | tuple[Source, ...] | None") -> tuple[Source, ...]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -11,7 +12,10 @@ from rich.text import Text
 
 from evomerge.ledger import BASELINES, Event
 from evomerge.objective import Z95, Objective
-from evomerge.run import Run
+from evomerge.run import Run, gains_of
+
+#: What probes of an operation are called.
+_PROBES = {"drop": "left out", "repeat": "repeated"}
 
 
 def render_status(run: Run) -> RenderableType:
@@ -33,7 +37,7 @@ def render_status(run: Run) -> RenderableType:
     }
     for name, text in rows.items():
         table.add_row(Text(name, style="bold"), Text(text))
-    return Group(table, *_notes(run))
+    return Group(table, *_probes(run), *_notes(run))
 
 
 def render_report(run: Run) -> RenderableType:
@@ -58,7 +62,7 @@ def render_report(run: Run) -> RenderableType:
             *(cell(run, number, objective, "test") for objective in run.objectives),
             "yes" if number in members else "",
         )
-    return Group(table, _volumes(run), _cost(run), *_notes(run))
+    return Group(table, *_probes(run), _volumes(run), _cost(run), *_notes(run))
 
 
 def cell(run: Run, number: int, objective: Objective, split: str) -> str:
@@ -88,6 +92,21 @@ def _volumes(run: Run) -> RenderableType:
         if numbers:
             table.add_row(name, f"{run.hypervolume(numbers, 'test'):.4f}")
     return table
+
+
+def _probes(run: Run) -> Sequence[RenderableType]:
+    """Return the table of what single edits of the stack that a search begins with gained; nothing without probes."""
+    gains = gains_of(run.objectives, run.asked, run.told)
+    if not gains:
+        return []
+    table = Table(
+        "layer", title="Layer probes: change of the mean score", title_justify="left", box=box.SIMPLE
+    )
+    for operation in gains:
+        table.add_column(_PROBES.get(operation, operation), justify="right")
+    for layer, own in enumerate(zip_longest(*gains.values())):
+        table.add_row(str(layer), *("failed" if gain is None else f"{gain:+.3f}" for gain in own))
+    return [table]
 
 
 def _cost(run: Run) -> RenderableType:

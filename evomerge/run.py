@@ -22,6 +22,8 @@ from evomerge.ledger import (
 )
 from evomerge.objective import Losses, Objective, Score
 from evomerge.pareto import extremes, front, hypervolume, knee
+from evomerge.spaces.proposals import PROBE
+from evomerge.spaces.stack import NONE
 
 #: What a run asks items for: of everybody at its beginning, of the search's candidates, of some of those the rest, and
 #: of the finalists.
@@ -135,7 +137,7 @@ class Run:
 
     def front_so_far(self) -> list[int]:
         """Return the non-dominated candidates by the search split's estimates, baselines left out."""
-        found = self.losses(("warmup", "search"))
+        found = self.losses((PROBE, "warmup", "search"))
         if not found:
             return []
         mask = front(np.array(list(found.values())))
@@ -212,6 +214,35 @@ class Run:
         each, count = sum(self._begun.items["search"].values()), max(1, len(self._answered))
         few = self.items["search"]
         return few / count, (few + self.items["promotion"]) / count, each
+
+
+def gains_of(
+    objectives: Sequence[Objective], asked: Iterable[Asked], told: Mapping[int, Told]
+) -> dict[str, tuple[float | None, ...]]:
+    """Return what layer probes gained: by operation, for each layer, the mean over tasks of what a score changed by.
+
+    The change is that from the stack that was probed, in the direction that the objective wants; None: the probe
+    failed. The stack that was probed is a probe without an edit, or else the source with a genome; without it the
+    changes are from 0.
+    """
+    tasks = [objective for objective in objectives if objective.kind == "task"]
+
+    def total(event: Asked) -> float | None:
+        found = told[event.candidate].scores if event.candidate in told else {}
+        if any(task.name not in found for task in tasks):
+            return None
+        return -sum(task.loss(found[task.name][0]) for task in tasks) / len(tasks)
+
+    events = list(asked)
+    whole = [event for event in events if event.origin == PROBE and event.label.split()[0] == NONE]
+    whole += [event for event in events if event.origin == "source" and event.genome is not None]
+    start = total(whole[0]) if whole else None
+    found: dict[str, list[float | None]] = {}
+    for event in events:
+        if event.origin == PROBE and event not in whole:
+            own = total(event)
+            found.setdefault(event.label.split()[0], []).append(None if own is None else own - (start or 0.0))
+    return {operation: tuple(gains) for operation, gains in found.items()}
 
 
 def corner_of(reference: Sequence[float | None], sources: Sequence[Losses]) -> Losses:

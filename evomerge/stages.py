@@ -109,6 +109,8 @@ _ELEMENTWISE = _table(
     ),
     _stage("shape", "scale", "scale * y", "lambda of Ilharco 2023", neutral={"scale": 1.0}, elementwise=True,
            scale=P(default=1.0)),
+    _stage("shape", "gain", "gain * (of + y) - of", "a norm that multiplies by 1 + weight (Gemma), scaled",
+           neutral={"gain": 1.0}, elementwise=True, gain=P(default=1.0), of=P(default=1.0)),
     _stage(
         "shape", "consensus", "y * [k of the |D_i| or more are > mask_scale_i |y - D_i|]",
         "Wang 2024, TALL masks (arXiv:2405.07813) 4", neutral={"k": 0.0}, elementwise=True,

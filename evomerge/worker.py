@@ -1,5 +1,6 @@
 """The worker: recipe and items in, responses out, in one process with one live model."""
 
+import dataclasses
 import sys
 import time
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from evomerge.value import value
 LARGE = 1 << 28
 
 if TYPE_CHECKING:
+    from evomerge.evaluation.prefix import Counts, Course
+    from evomerge.models.stack import Stacks
     from evomerge.operators.parts import Statistic
 
 
@@ -40,6 +43,9 @@ class WorkerSetup:
         trust_remote_code: whether code in the template's folder may run.
         statistics: the folder where statistics of sources are kept; default: in the user's cache.
         budget: the most bytes of sources on a device that is not the CPU; None: all of them.
+        models: sources that are recipes themselves, by the names that recipes use; made of `sources`.
+        stacked: whether candidates are stacks: made of resident layers, instead of written into one live model.
+        prefixes: the most bytes of hidden states that are kept for stacks that begin alike.
     """
 
     template: Path
@@ -54,6 +60,9 @@ class WorkerSetup:
     trust_remote_code: bool = False
     statistics: Path | None = None
     budget: int | None = None
+    models: Mapping[str, Recipe] = field(default_factory=dict)
+    stacked: bool = False
+    prefixes: int = 0
 
     def make(self) -> "ModelWorker":
         """Return a worker; this is what imports torch.
@@ -80,6 +89,7 @@ class ModelWorker:
         torch.set_num_threads(setup.threads)
 
         from evomerge.evaluation.engine import Engine
+        from evomerge.evaluation.prefix import Counts, Prefixes
         from evomerge.models.materialize import cache_folder
         from evomerge.models.resident import Resident
         from evomerge.operators.fused import Lines, unavailable
@@ -90,6 +100,9 @@ class ModelWorker:
             for name, given in setup.tasks.items()
         }
         self._sources = Resident(setup.sources, setup.device, setup.budget)
+        self._stacks = self._stacks_of(setup)
+        self._prefixes, self._counts = Prefixes(setup.prefixes), Counts()
+        self._course: Course | None = None
         self._engine = Engine(
             setup.template,
             setup.dtype,
@@ -97,6 +110,7 @@ class ModelWorker:
             setup.batch,
             setup.tokens,
             trust_remote_code=setup.trust_remote_code,
+            prepare=None if self._stacks is None else self._stacks.adopt,
         )
         self._live: str | None = None
         self._passed: str | None = None
@@ -130,7 +144,8 @@ class ModelWorker:
             if name not in self._tasks:
                 raise TaskError(f"task {name!r} is not among the worker's; {nearest(name, self._tasks)}")
         self._refer(job)
-        self._judge(job.recipe)
+        counts = dataclasses.replace(self._counts)
+        self._judge(job.recipe, job.branches)
         found = {name: self._ask(name, job.split, items) for name, items in job.items.items()}
         return Answer(
             candidate=job.candidate,
@@ -139,7 +154,22 @@ class ModelWorker:
             margins={name: tuple(margins) for name, own in found.items() if (margins := _margins(own))},
             error=None,
             seconds=time.monotonic() - start,
+            layers=self._layers(counts),
         )
+
+    def _layers(self, before: "Counts") -> dict[str, int]:
+        """Return the layer passes since then; nothing where candidates are no stacks."""
+        if self._stacks is None:
+            return {}
+        now = vars(self._counts)
+        return {name: now[name] - then for name, then in vars(before).items()} | {"bytes": self._prefixes.bytes}
+
+    def _stacks_of(self, setup: WorkerSetup) -> "Stacks | None":
+        if not setup.stacked:
+            return None
+        from evomerge.models.stack import Stacks
+
+        return Stacks(setup.template, self._sources, setup.dtype, setup.device, setup.trust_remote_code)
 
     def _refer(self, job: Job) -> None:
         """Have what the references of the job's tasks say, in the splits that it asks.
@@ -162,13 +192,16 @@ class ModelWorker:
 
     def _copy(self, source: str, task: str) -> Recipe:
         """Return the recipe of a source as it is."""
-        if source not in self._setup.sources:
-            way_out = nearest(source, self._setup.sources)
+        known = {**self._setup.sources, **self._setup.models}
+        if source not in known:
+            way_out = nearest(source, known)
             raise TaskError(f"task {task!r}: its reference {source!r} is not among the sources; {way_out}")
-        model = Source(name=source, path=str(self._setup.sources[source]))
+        recipe = self._setup.models.get(source)
+        path = "" if recipe is not None else str(self._setup.sources[source])
+        model = Source(name=source, path=path, recipe=recipe)
         return copy_of(model, self._sources.depth, self._setup.dtype)
 
-    def _judge(self, recipe: Recipe) -> None:
+    def _judge(self, recipe: Recipe, branches: tuple[int, ...] = ()) -> None:
         """Have a candidate live that has passed the gates.
 
         A source that does not pass stays in the run, with a warning. What the template does not pass by itself, as a
@@ -178,19 +211,23 @@ class ModelWorker:
             CandidateError: if a merge does not pass.
         """
         if recipe.digest == self._passed:
-            self._load(recipe)
+            self._load(recipe, branches)
             return
         gates = self._setup.gates
-        alone = recipe.base is None and len(recipe.sources) == 1 and recipe.sources[0].recipe is None
+        first = recipe.sources[0] if recipe.sources else None
+        alone = first is not None and first.recipe is None and self._is_copy(recipe, first)
         if self._excused is None:
             self._excused = self._excuses()
-        self._load(recipe)
+        self._load(recipe, branches)
         if alone:
             for reason in failures(self._engine, gates, self._tasks).values():
                 _say(f"the source {recipe.sources[0].name} does not pass the gates for merges: {reason}")
         else:
             pass_gates(self._engine, gates, self._tasks, self._excused)
         self._passed = recipe.digest
+
+    def _is_copy(self, recipe: Recipe, source: Source) -> bool:
+        return recipe.digest == copy_of(source, self._sources.depth, recipe.dtype).digest
 
     def _excuses(self) -> Mapping[str, str]:
         """Return the gates that the template does not pass by itself, and say so; weights are never excused."""
@@ -205,11 +242,13 @@ class ModelWorker:
             _say(f"no gate for {name}: of {template} itself, {reason}")
         return excused
 
-    def _load(self, recipe: Recipe) -> None:
+    def _load(self, recipe: Recipe, branches: tuple[int, ...] = ()) -> None:
         from evomerge.models.materialize import Blueprint, statistics_for
 
         digest = recipe.digest
         if digest == self._live:
+            if self._course is not None:
+                self._course.branches = branches
             return
         self._live = None  # a failure on the way leaves a mixture
         if recipe.calibration not in self._statistics:
@@ -217,6 +256,10 @@ class ModelWorker:
                 recipe, self._setup.sources, self._setup.statistics, self._device, self._setup.trust_remote_code
             )
         statistic = self._statistics[recipe.calibration]
+        if self._stacks is not None:
+            self._stack(self._stacks, recipe, statistic, branches)
+            self._live = digest
+            return
         before, self._held = self._held, None
         blueprint = Blueprint(recipe, self._sources, self._device, statistic, self._lines)
         self._engine.load(blueprint.fill(before))
@@ -225,6 +268,15 @@ class ModelWorker:
             self._told = True
             _say(f"a line could not be compiled and is run plainly: {self._lines.problem}")
         self._live = digest
+
+    def _stack(self, stacks: "Stacks", recipe: Recipe, statistic: "Statistic", branches: tuple[int, ...]) -> None:
+        """Have a stack live, and follow it."""
+        from evomerge.evaluation.prefix import Course
+
+        live = stacks.build(recipe, statistic)
+        live.watch = self._course = Course(self._prefixes, live.path, self._counts)
+        self._course.branches = branches
+        self._engine.show(live.model, self._course)
 
     def _ask(self, name: str, split: str, items: tuple[int, ...]) -> list[Response]:
         from evomerge.evaluation.asking import asked

@@ -42,7 +42,7 @@ class Cma:
         return 4 + int(3 * np.log(max(axes, 2))) if self.population is None else self.population
 
     def start(self, problem: Problem) -> Driver:
-        """Return a fresh driver; its first mean is the best known genome, or the middle of the cube."""
+        """Return a fresh driver; its first mean is where the space begins, else the best known genome or the middle."""
         return Generational(_Adaptation(self, problem), problem)
 
 
@@ -98,7 +98,9 @@ class _Adaptation:
 
     def _first_mean(self) -> Point:
         mean = np.full(self._dimensions, 0.5)
-        if self._problem.known:
+        if self._problem.start is not None:
+            mean[: len(self._problem.start)] = to_unit(self._problem.axes, self._problem.start)
+        elif self._problem.known:
             best, _ = min(self._problem.known, key=lambda pair: self._problem.total(pair[1]))
             mean[: len(best)] = to_unit(self._problem.axes, best)
         return mean

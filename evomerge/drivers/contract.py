@@ -1,7 +1,10 @@
 """What a driver is asked to solve, and the ask/tell contract that all drivers keep."""
 
 import math
+from collections.abc import Callable
 from typing import Protocol
+
+import numpy as np
 
 from evomerge.errors import ExperimentError
 from evomerge.genome import Axis, Genome, check_axes, check_genome
@@ -14,7 +17,9 @@ class Problem:
     """Axes to choose on, how many losses come back, and the seed of everything random.
 
     `known` are genomes scored before the search proper (baselines, warm-up), in candidate order.
-    `weights` are the objectives' weights for drivers that need one number; equal if left out.
+    `weights` are the objectives' weights for drivers that need one number; equal if left out. `start` is where the
+    space says that a search begins, and `draw` gives the random genomes that it hopes most of; a driver that draws its
+    own even ones, or has a better start, may ignore them.
     """
 
     axes: tuple[Axis, ...]
@@ -22,6 +27,8 @@ class Problem:
     seed: int
     known: tuple[tuple[Genome, Losses], ...] = ()
     weights: tuple[float, ...] | None = None
+    start: Genome | None = None
+    draw: Callable[[np.random.Generator], Genome] | None = None
 
     def __post_init__(self) -> None:
         check_axes(self.axes)
@@ -33,6 +40,8 @@ class Problem:
             )
         if self.weights is not None and not _usable(self.weights, self.objectives):
             raise ExperimentError(f"weights must be {self.objectives} numbers from 0 up, not all 0, got {self.weights}")
+        if self.start is not None:
+            check_genome(self.axes, self.start, "start")
         for i, (genome, losses) in enumerate(self.known):
             check_genome(self.axes, genome, f"known candidate {i}")
             check_losses(losses, self.objectives, f"known candidate {i}")

@@ -1,7 +1,7 @@
 """Serves a population one candidate at a time, so that the order of results does not matter."""
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -96,8 +96,14 @@ class Seen:
     a billionth of an axis, which the way to the unit cube and back can leave.
     """
 
-    def __init__(self, axes: tuple[Axis, ...], genomes: Iterable[Genome] = ()) -> None:
+    def __init__(
+        self,
+        axes: tuple[Axis, ...],
+        genomes: Iterable[Genome] = (),
+        draw: Callable[[np.random.Generator], Genome] | None = None,
+    ) -> None:
         self._axes = axes
+        self._drawn = draw
         self._keys = {self._key(genome) for genome in genomes}
 
     def add(self, genome: Genome) -> bool:
@@ -108,15 +114,18 @@ class Seen:
         return new
 
     def draw(self, rng: np.random.Generator, count: int) -> list[Genome]:
-        """Return up to `count` new random genomes, spread as a Latin hypercube, and remember them.
+        """Return up to `count` new random genomes, and remember them.
 
-        Fewer only when `DRAWS` uniform draws in a row give nothing new: the space is exhausted.
+        They are drawn as the space hopes most of them; where it hopes nothing, spread as a Latin hypercube. Fewer only
+        when `DRAWS` draws in a row give nothing new: the space is exhausted.
         """
-        spread = [from_unit(self._axes, point) for point in latin(rng, count, len(self._axes))]
-        fresh = [genome for genome in spread if self.add(genome)]
+        fresh: list[Genome] = []
+        if self._drawn is None:
+            spread = [from_unit(self._axes, point) for point in latin(rng, count, len(self._axes))]
+            fresh = [genome for genome in spread if self.add(genome)]
         while len(fresh) < count:
             for _ in range(DRAWS):
-                genome = from_unit(self._axes, rng.random(len(self._axes)))
+                genome = self._drawn(rng) if self._drawn else from_unit(self._axes, rng.random(len(self._axes)))
                 if self.add(genome):
                     fresh.append(genome)
                     break

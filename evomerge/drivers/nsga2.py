@@ -59,7 +59,7 @@ class _Evolution:
     def __init__(self, settings: Nsga2, problem: Problem) -> None:
         self._settings = settings
         self._problem = problem
-        self._seen = Seen(problem.axes, [genome for genome, _ in problem.known])
+        self._seen = Seen(problem.axes, [genome for genome, _ in problem.known], problem.draw)
         self._population: Any = None
         self._told = 0  # genomes learned so far; the index of the next
         known = [(genome, loss, -1) for genome, loss in problem.known]

@@ -26,6 +26,7 @@ class Branch(CacheLayerMixin):  # type: ignore[misc]  # transformers has no type
         """Hold nothing yet."""
         super().__init__()
         self._before, self._rows_B = before, rows_B
+        self._stood_in = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take the first keys and values."""
@@ -38,6 +39,14 @@ class Branch(CacheLayerMixin):  # type: ignore[misc]  # transformers has no type
             raise RuntimeError("a branch is fed once; go on from it with another")
         self.lazy_initialization(key_states, value_states)
         return self.whole()
+
+    def own(self) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of its own tokens."""
+        return self.keys, self.values
+
+    def stand_in(self, tokens: int) -> None:
+        """Count tokens whose keys and values nobody will ask for."""
+        self._stood_in = tokens
 
     def whole(self, rows_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the keys and values from the beginning on, of all rows or of some."""
@@ -55,7 +64,7 @@ class Branch(CacheLayerMixin):  # type: ignore[misc]  # transformers has no type
     def get_seq_length(self) -> int:
         """Return the number of tokens before the next one, padding included."""
         before = 0 if self._before is None else self._before.get_seq_length()
-        return before + (self.keys.shape[-2] if self.is_initialized else 0)
+        return before + (self.keys.shape[-2] if self.is_initialized else self._stood_in)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many keys new tokens see, and the first of them."""
@@ -81,6 +90,7 @@ class Room(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
         super().__init__()
         self._length, self._before = length, before
         self._used = 0 if before is None else before.get_seq_length()
+        self._first = self._used
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make room, and put what all rows begin with at its start."""
@@ -99,9 +109,15 @@ class Room(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self._used = self._used, self._used + key_states.shape[-2]
+        self._first = start
         self.keys[..., start : self._used, :] = key_states
         self.values[..., start : self._used, :] = value_states
         return self.keys[..., : self._used, :], self.values[..., : self._used, :]
+
+    def own(self) -> tuple[Tensor, Tensor]:
+        """Return copies of the keys and values of the tokens that were written last."""
+        keys, values = self.keys[..., self._first : self._used, :], self.values[..., self._first : self._used, :]
+        return keys.clone(), values.clone()
 
     def keep(self, rows_B: Tensor) -> None:
         """Drop all rows but these."""
@@ -131,6 +147,12 @@ class Trunk(Cache):  # type: ignore[misc]  # transformers has no types
     def branch(self, rows_B: Tensor | None = None) -> "Trunk":
         """Return a cache whose rows go on from rows of this one, or all from its only one."""
         return type(self)(layers=[Branch(layer, rows_B) for layer in self.layers])
+
+    def stand_in(self, layer: int, tokens: int) -> None:
+        """Count tokens in a layer that is left out."""
+        while len(self.layers) <= layer:
+            self.layers.append(Branch())
+        self.layers[layer].stand_in(tokens)
 
     def room(self, length: int) -> "Rooms":
         """Return a cache for generation, all of whose rows go on from this one's only row."""

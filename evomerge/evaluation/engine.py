@@ -5,7 +5,7 @@ import inspect
 import re
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from evomerge.evaluation.caches import Rooms, Trunk
 from evomerge.evaluation.decoding import Stops, continue_greedily, make_stops
 from evomerge.evaluation.encoding import Encoder
 from evomerge.evaluation.plan import Plan, make_plan
+from evomerge.evaluation.prefix import Course
 from evomerge.evaluation.request import Outcome, Request
 from evomerge.evaluation.sheet import Sheet
 
@@ -30,6 +31,9 @@ PLANS = 256
 
 #: Buffers that old checkpoints hold and today's models compute.
 LEGACY = (r"rotary_emb\.inv_freq$", r"\.(attn|attention)\.(masked_)?bias$")
+
+#: What files call the weight of the output head.
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 
 #: Most answers whose text is remembered.
 TEXTS = 1 << 16
@@ -91,6 +95,7 @@ class Engine:
         trust_remote_code: whether code in the model's folder may run.
         pretrained: whether to load the folder's weights, as `AutoModelForCausalLM.from_pretrained` does.
         sharing: whether what texts begin with alike is fed once.
+        prepare: takes the model before it goes to the device, and may take out of it what is put in later.
 
     Raises:
         ModelError: if config, tokenizer or weights cannot be loaded, or the model comes in another dtype.
@@ -106,10 +111,13 @@ class Engine:
         trust_remote_code: bool = False,
         pretrained: bool = False,
         sharing: bool = True,
+        prepare: Callable[[Any], None] | None = None,
     ) -> None:
         """Build the model; without `pretrained` its weights are whatever memory held."""
         self.device, self.batch, self.tokens, self.sharing = device, batch, tokens, sharing
         self.tokenizer, self.model = build(folder, getattr(torch, dtype), trust_remote_code, pretrained)
+        if prepare is not None:
+            prepare(self.model)
         self.model.to(device)
         config = self.model.config.get_text_config()
         self._room: int | None = getattr(config, "max_position_embeddings", None)
@@ -125,6 +133,17 @@ class Engine:
         self._texts: dict[tuple[int, ...], str] = {}
         self._prefixes: dict[tuple[int, ...], Trunk] = {}
         self._head = _Head(self.model)
+        self._course: Course | None = None
+
+    def show(self, model: Any, course: Course) -> None:
+        """Have a stack live, which shares the head that the engine was built with.
+
+        Args:
+            model: the live model.
+            course: follows it, hop by hop.
+        """
+        self.forget()
+        self.model, self._course = model, course
 
     def load(self, stream: Iterable[tuple[str, Tensor | Callable[[Tensor], None]]]) -> None:
         """Put a candidate's tensors into the live model.
@@ -214,7 +233,7 @@ class Engine:
         """
         sheet = Sheet(plan)
         left = deque(plan.batches(self.tokens))
-        with torch.inference_mode():
+        with torch.inference_mode(), self._asking(plan):
             while left:
                 batch = left.popleft()
                 if self._asked(batch, sheet):
@@ -225,12 +244,30 @@ class Engine:
                 left = deque(part for one in (batch, *left) for part in one.within(self.tokens))
         return sheet.outcomes()
 
+    @contextmanager
+    def _asking(self, plan: Plan) -> Iterator[None]:
+        """Within the block, a plan is asked; of a stack, what hops made of it may be known already."""
+        if self._course is None or (plan.generates and not self._abilities.caches):
+            yield
+            return
+        self._prefixes.clear()  # what was begun with hops left out is of use to this plan alone
+        with self._course.asking(plan, self.tokens):
+            yield
+        self._prefixes.clear()
+
+    def _feeding(self, cache: Any) -> AbstractContextManager[None]:
+        """Return a block within which texts are read from their beginning, or from what this plan has read."""
+        return nullcontext() if self._course is None else self._course.feeding(cache)
+
     def _target(self, name: str) -> Tensor | None:
         """Return where a tensor goes; None for the leftovers of old checkpoints."""
         prefix = f"{self.model.base_model_prefix}."  # files saved from the bare model leave it out
         for form in (name, prefix + name, name.removeprefix(prefix)):
             if form in self._targets:
                 return self._targets[form]
+        head = self.model.get_output_embeddings()
+        if head is not None and HEAD.search(name):  # GPT-NeoX files call it otherwise than the live model
+            return head.weight  # type: ignore[no-any-return]  # a parameter
         if any(pattern.search(name) for pattern in self._ignored):
             return None
         kind = self.model.config.model_type
@@ -247,6 +284,8 @@ class Engine:
         except torch.OutOfMemoryError:
             pass  # what it had allocated is referred to by the error, and free only after this block
         self._prefixes.clear()
+        if self._course is not None:
+            self._course.abandon()
         gc.collect()
         if torch.device(self.device).type == "cuda":
             torch.cuda.empty_cache()
@@ -265,7 +304,8 @@ class Engine:
         arguments: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
         if read.mask_BS is not None:
             arguments |= {"attention_mask": read.mask_BS, "position_ids": read.positions_BT}
-        logits_UV = self._logits((read.row_U, read.place_U), input_ids=read.ids_BT, **arguments)
+        with self._feeding(cache):
+            logits_UV = self._logits((read.row_U, read.place_U), input_ids=read.ids_BT, **arguments)
         if not sheet.note(read, logits_UV):
             raise CandidateError("a log-likelihood is not finite")
 
@@ -278,7 +318,8 @@ class Engine:
                 del self._prefixes[next(iter(self._prefixes))]
             trunk, last = Trunk.root(), torch.tensor([len(ids) - 1], device=self.device)
             ids_BT = torch.tensor([ids], device=self.device)
-            self._logits((last * 0, last), input_ids=ids_BT, past_key_values=trunk, use_cache=True)
+            with self._feeding(trunk):
+                self._logits((last * 0, last), input_ids=ids_BT, past_key_values=trunk, use_cache=True)
             self._prefixes[ids] = trunk
         return self._prefixes[ids]
 
@@ -287,7 +328,15 @@ class Engine:
         stop = prompts.way.stop
         if stop not in self._stops:
             self._stops[stop] = make_stops(self.tokenizer, self._ends, stop, self._vocabulary, self.device)
-        answers, finite = continue_greedily(self._step, prompts, self._stops[stop], self._text, self._cache(prompts))
+        cache, fed = self._cache(prompts), False
+
+        def step(**arguments: Any) -> Tensor:
+            nonlocal fed
+            first, fed = not fed, True
+            with self._feeding(cache) if first else nullcontext():
+                return self._step(**arguments)
+
+        answers, finite = continue_greedily(step, prompts, self._stops[stop], self._text, cache)
         if not finite:
             raise CandidateError("logits are not finite")
         for prompt, answer in zip(prompts.prompts, answers, strict=True):

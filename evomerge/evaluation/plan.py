@@ -59,6 +59,11 @@ class Plan:
     device: str
     _made: dict[int, tuple[Texts | Prompts, ...]] = field(default_factory=dict)
 
+    @property
+    def generates(self) -> bool:
+        """Whether answers are generated."""
+        return any(group.way is not None for group in self.groups)
+
     def batches(self, tokens: int) -> tuple[Texts | Prompts, ...]:
         """Return the batches under a budget of tokens (rows times length), made when it is first asked for."""
         if tokens not in self._made:

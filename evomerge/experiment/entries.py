@@ -1,9 +1,9 @@
 """The keys of an experiment file, their types, bounds and defaults, and their JSON schema."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
 from evomerge.drivers import DRIVERS
 from evomerge.fitness.registry import ESTIMATORS
@@ -20,7 +20,11 @@ class ModelsEntry(_Strict):
     """The models that go into the merge: folders (relative to the file) or names on the hub."""
 
     base: str | None = Field(default=None, description="The model that task vectors are taken from.")
-    sources: dict[str, str] = Field(min_length=1, description="The models to blend, by the name that reports use.")
+    sources: dict[str, str] = Field(
+        min_length=1,
+        description="The models to blend or stack, by the name that reports use; run:FOLDER is the best of a run, "
+        "run:FOLDER@17 a candidate of it.",
+    )
 
 
 class RangeEntry(_Strict):
@@ -37,7 +41,7 @@ class ParameterEntry(RangeEntry):
     per_source: bool = False
 
 
-class SpaceEntry(_Strict):
+class BlendEntry(_Strict):
     """A parameter space; see evomerge.spaces.blend.BlendSpace."""
 
     kind: Literal["blend"] = "blend"
@@ -55,6 +59,101 @@ class SpaceEntry(_Strict):
     routes: list[dict[str, Any]] = Field(
         default=[], description="Routes of a recipe that go before the search: their tensors are not searched."
     )
+
+
+class StepsEntry(_Strict):
+    """Bounds of scales at seams, and the step between two of them."""
+
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+    step: float = Field(default=2.0**-4, gt=0)
+
+
+class DepthEntry(_Strict):
+    """Bounds on the number of layers."""
+
+    low: int = Field(default=1, ge=1)
+    high: int | None = Field(default=None, ge=1, description="Default: half as many again as the incumbent has.")
+
+
+class EditsEntry(_Strict):
+    """What may be done to a stack; see evomerge.spaces.stack.Edits."""
+
+    operations: list[Literal["drop", "repeat", "insert", "swap", "move"]] = Field(
+        default=["drop", "repeat", "insert", "swap", "move"], min_length=1, description="What an edit may be."
+    )
+    edits: int = Field(default=3, ge=1, description="The most edits.")
+    block: int = Field(default=2, ge=1, description="The longest block of layers that an edit is about.")
+    reach: int = Field(default=2, ge=0, description="How far from its own depth a layer may go.")
+    depth: DepthEntry = DepthEntry()
+    parameters: int | None = Field(default=None, ge=1, description="The most parameters; default: any number.")
+    scale: StepsEntry | Literal[False] = Field(
+        default=StepsEntry(low=0.75, high=1.25), description="Scales at seams; false: there are none."
+    )
+    stack: list[str] = Field(
+        default=[], description="The incumbent, as SOURCE:FIRST-LAST, layers from 0; default: the primary source."
+    )
+    probes: bool = Field(default=True, description="Ask single drops and repeats first, as a prior over edits.")
+
+
+class PathEntry(EditsEntry):
+    """A space of layer stacks: edits of an incumbent; see evomerge.spaces.stack.PathSpace."""
+
+    kind: Literal["path"]
+    primary: str = Field(default="", description="The source that lends embedding and head; default: the first.")
+    matching: bool = Field(
+        default=False, description="Begin scales where a seam's layer gets the size of input that it is used to."
+    )
+    sizes: dict[str, list[list[float]]] = Field(
+        default={}, description="What matching goes by, measured when it is not given: see docs/stacking.md."
+    )
+
+
+class SakanaEntry(_Strict):
+    """The data flow space as Akiba 2024 published it; see evomerge.spaces.stack.SakanaSpace."""
+
+    kind: Literal["sakana"]
+    primary: str = Field(default="", description="The source that begins and ends every stack; default: the first.")
+    repetitions: int = Field(default=3, ge=1, description="How often the layers of all sources are gone through.")
+    favour: float = Field(
+        default=0.2, ge=0, le=1, description="The first mean of the primary source's indicators; that of others is 0."
+    )
+
+
+class HybridEntry(_Strict):
+    """A space of stacks whose layers are blends; see evomerge.spaces.hybrid.HybridSpace."""
+
+    kind: Literal["hybrid"]
+    blend: BlendEntry
+    edits: EditsEntry = EditsEntry()
+
+
+#: The kinds of search spaces; what says no kind is a blend.
+SPACES: Mapping[str, type[BlendEntry] | type[PathEntry] | type[SakanaEntry] | type[HybridEntry]] = {
+    "blend": BlendEntry,
+    "path": PathEntry,
+    "sakana": SakanaEntry,
+    "hybrid": HybridEntry,
+}
+
+
+def _kind_of(given: Any) -> str:
+    """Return which kind of space something is, for pydantic."""
+    if isinstance(given, str):
+        return "a name"
+    kind = given.get("kind", "blend") if isinstance(given, dict) else getattr(given, "kind", "blend")
+    return f"{kind if kind in SPACES else 'blend'} space"
+
+
+SpaceEntry = BlendEntry | PathEntry | SakanaEntry | HybridEntry
+_AnySpace = Annotated[
+    Annotated[str, Tag("a name")]
+    | Annotated[BlendEntry, Tag("blend space")]
+    | Annotated[PathEntry, Tag("path space")]
+    | Annotated[SakanaEntry, Tag("sakana space")]
+    | Annotated[HybridEntry, Tag("hybrid space")],
+    Discriminator(_kind_of),
+]
 
 
 class ObjectiveEntry(_Strict):
@@ -120,6 +219,9 @@ class WorkersEntry(_Strict):
     resident_gb: float | None = Field(default=None, ge=0, description="GB of sources to keep on a GPU; default: all.")
     batch: int = Field(default=128, ge=1, description="The most rows of a batch.")
     tokens: int = Field(default=1 << 14, ge=1, description="The most tokens of a batch, rows times length.")
+    prefixes_gb: float = Field(
+        default=1.0, ge=0, description="GB of hidden states that a worker keeps for stacks that begin alike; 0: none."
+    )
     time_limit: float = Field(default=600.0, gt=0, description="Seconds after which a candidate has failed.")
 
 
@@ -135,7 +237,7 @@ class ExperimentFile(_Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="The run's folder under runs/.")
     seed: int = Field(ge=0)
     models: ModelsEntry
-    space: str | SpaceEntry
+    space: _AnySpace
     objectives: list[ObjectiveEntry] = Field(min_length=1)
     driver: dict[str, Any] = Field(description="name: one of the drivers; and its settings.")
     budget: BudgetEntry
@@ -168,7 +270,15 @@ def schema() -> dict[str, Any]:
         kept = {word: given[word] for word in ("default", "description") if word in given}
         options = [_named(name, settings) for name, settings in known.items()]
         found["properties"][key] = {"oneOf": options, "title": key.capitalize(), **kept}
-    return found
+    shared = {key: form for key, form in found["properties"].items() if key != "name"}
+    name = {"type": "string", "description": "The stage's folder under the run's, and what run:NAME means later."}
+    found["properties"]["stages"] = {
+        "type": "array",
+        "description": "Searches in turn, each with the keys that differ; run:NAME is what an earlier one found.",
+        "items": {"type": "object", "properties": {"name": name, **shared}, "required": ["name"]},
+    }
+    required = found.pop("required")
+    return found | {"anyOf": [{"required": required}, {"required": ["name", "stages"]}]}
 
 
 def _named(name: str, settings: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from evomerge.errors import ExperimentError, nearest
-from evomerge.experiment.entries import ExperimentFile
+from evomerge.experiment.entries import SPACES, ExperimentFile
 from evomerge.value import Plain
 
 
@@ -92,7 +92,10 @@ def one_line(problem: ValidationError, path: Path, model: type[BaseModel]) -> st
 
 
 #: Names that pydantic adds to a location for the branch of a union it tried.
-_UNION_BRANCHES = frozenset({"str", "SpaceEntry", "ParameterEntry", "dict[str,any]", "list[str]", "float", "int"})
+_UNION_BRANCHES = frozenset(
+    {"str", "ParameterEntry", "StepsEntry", "dict[str,any]", "list[str]", "float", "int", "a name"}
+    | {f"{kind} space" for kind in SPACES}
+)
 
 
 def _keys_at(model: type[BaseModel], keys: list[int | str]) -> list[str]:

@@ -15,24 +15,29 @@ from evomerge.errors import ExperimentError, InvalidInput, nearest
 from evomerge.evaluation import SPLITS, Task, build_task, read_task
 from evomerge.evaluation.gates import Gates
 from evomerge.experiment.entries import (
+    SPACES,
+    BlendEntry,
     ExperimentFile,
+    HybridEntry,
     ModelsEntry,
     ObjectiveEntry,
     ParameterEntry,
+    SakanaEntry,
     SpaceEntry,
     SplitsEntry,
 )
 from evomerge.experiment.reading import one_line, read_file, read_yaml
+from evomerge.experiment.sources import Models, find_models, leaf_of, pathless
+from evomerge.experiment.stacking import hybrid_space, measured, path_space, sakana_space, stackable
 from evomerge.fitness.bank import Prior, prior
 from evomerge.fitness.estimator import Estimator
 from evomerge.fitness.registry import plain_estimator, read_estimator
 from evomerge.fitness.schedule import SCHEDULES, Fixed, Race, Warmup
 from evomerge.methods import Method, Parameter, check, method
-from evomerge.models.checkpoint import Checkpoint, check_compatible
-from evomerge.models.locate import locate
 from evomerge.objective import Objective
 from evomerge.recipe import Route, Source
 from evomerge.spaces.blend import METHOD_AXIS, NONE, BlendSpace, ParameterRange, Range, Slot
+from evomerge.spaces.proposals import Space
 from evomerge.value import digest, parse, plain, value
 
 T = TypeVar("T")
@@ -56,7 +61,7 @@ class Experiment:
 
     Attributes:
         file: the checked file, with absolute references.
-        folders: the folder of every model, the base's included, by name.
+        folders: the folder of every model, the base's and those of merges among the sources included, by name.
         baselines: the models to score as they are, base first.
         space: what is searched.
         objectives: what is optimised, in order.
@@ -71,7 +76,7 @@ class Experiment:
     file: ExperimentFile
     folders: Mapping[str, Path]
     baselines: tuple[Source, ...]
-    space: BlendSpace
+    space: Space
     objectives: tuple[Objective, ...]
     tasks: Mapping[str, Task]
     driver: Settings
@@ -83,9 +88,7 @@ class Experiment:
     @property
     def identity(self) -> str:
         """The content address of all that decides the course of the run; the pool and paths do not count."""
-        space = plain(self.space)
-        for source in [*space["sources"], *(space[key] for key in ("base", "calibration") if space[key])]:
-            del source["path"]
+        space = pathless(plain(self.space))
         asked = self.file.model_dump(include={"seed", "budget", "baselines", "finalists", "dtype"})
         # The last bits of answers may depend on these; how many workers there are, and where, changes nothing.
         arithmetic = self.file.workers.model_dump(include={"batch", "tokens", "device", "threads"})
@@ -94,6 +97,16 @@ class Experiment:
         bank = None if self.bank is None else [self.bank.digest, self.bank.weight, self.bank.nearest]
         asking = [*named, plain_estimator(self.estimator), bank]
         return digest([space, asked, arithmetic, tasks, asking, plain(self.objectives), len(self.baselines)])
+
+    @property
+    def template(self) -> Path:
+        """The folder that lends config and tokenizer: the base's or the first source's."""
+        return self.folders[leaf_of(self.space.base or self.space.sources[0])]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether candidates are stacks of layers."""
+        return not isinstance(self.space, BlendSpace)
 
     def items(self, split: str) -> dict[str, tuple[int, ...]]:
         """Return all items of a split, by task."""
@@ -109,32 +122,27 @@ def load(path: Path) -> Experiment:
     return resolve(read_file(path), path)
 
 
-def resolve(file: ExperimentFile, path: Path) -> Experiment:
+def resolve(file: ExperimentFile, path: Path, stages: Mapping[str, str] | None = None) -> Experiment:
     """Resolve what an experiment file refers to.
 
     Args:
         file: the checked file.
         path: where it lies; references are relative to it.
+        stages: what stands for `run:NAME` where NAME is a stage: the folder of its run, or another reference.
 
     Raises:
         InvalidInput: one line with file, key path and the way out.
     """
-    folders = _find_models(file, path)
-    checkpoints = _open_models(file, folders, path)
-    named = {
-        name: Source(name=name, path=str(folders[name]), fingerprint=checkpoint.fingerprint)
-        for name, checkpoint in checkpoints.items()
-    }
+    models = find_models(file, path, stages)
     entry = _find_space(file, path)
-    depth = next(iter(checkpoints.values())).depth
-    space = _space(entry, file, named, depth, _calibration(file, path), f"{path}: space")
-    objectives, tasks, places = _find_objectives(file, path, next(iter(folders.values())))
+    objectives, tasks, places = _find_objectives(file, path, models.template)
+    space, entry = _space(entry, file, models, tasks, path)
     estimator, schedule = _asked(file, path)
     bank = _bank(file, path, tasks)
     return Experiment(
-        file=_absolute(file, path, folders, entry, places),
-        folders=folders,
-        baselines=tuple(named.values()),
+        file=_absolute(file, path, models, entry, places),
+        folders=models.folders,
+        baselines=tuple(models.named.values()),
         space=space,
         objectives=objectives,
         tasks=tasks,
@@ -157,55 +165,44 @@ def tasks_of(path: Path) -> dict[str, Task]:
     return _find_objectives(file, path, template if template.is_dir() else None)[1]
 
 
-def _find_models(file: ExperimentFile, path: Path) -> dict[str, Path]:
-    if len({f"{amount:g}" for amount in file.baselines.lambdas}) < len(file.baselines.lambdas):
-        raise ExperimentError(f"{path}: baselines.lambdas: two are equal: {file.baselines.lambdas}; leave one out")
-    if "base" in file.models.sources:
-        raise ExperimentError(f"{path}: models.sources.base: the name is kept for models.base; rename the source")
-    references = ({"base": file.models.base} if file.models.base is not None else {}) | file.models.sources
-    found = {}
-    for name, reference in references.items():
-        place = _model_key(name)
-        if "." in name:
-            raise ExperimentError(f"{path}: {place}: a source's name must not hold a dot; rename it")
-        try:
-            found[name] = locate(reference, path.resolve().parent)
-        except InvalidInput as problem:
-            raise ExperimentError(f"{path}: {place}: {problem}") from None
-    return found
-
-
-def _open_models(file: ExperimentFile, folders: Mapping[str, Path], path: Path) -> dict[str, Checkpoint]:
-    """Read the headers of all models and refuse those that cannot be merged."""
-    checkpoints = {}
-    for name, folder in folders.items():
-        try:
-            checkpoints[name] = Checkpoint(folder)
-        except InvalidInput as problem:
-            raise ExperimentError(f"{path}: {_model_key(name)}: {problem}") from None
-    try:
-        check_compatible(checkpoints.get("base"), {name: checkpoints[name] for name in file.models.sources})
-    except InvalidInput as problem:
-        raise ExperimentError(f"{path}: models: {problem}") from None
-    return checkpoints
-
-
-def _model_key(name: str) -> str:
-    return "models.base" if name == "base" else f"models.sources.{name}"
-
-
 def _find_space(file: ExperimentFile, path: Path) -> SpaceEntry:
-    if isinstance(file.space, SpaceEntry):
+    if not isinstance(file.space, str):
         return file.space
     found = library.find("search_spaces", file.space, path, f"{path}: space")
+    data = read_yaml(found)
+    kind = data.get("kind", "blend")
+    if kind not in SPACES:
+        raise ExperimentError(f"{found}: kind: unknown kind {kind!r}; {nearest(str(kind), SPACES)}")
     try:
-        return SpaceEntry.model_validate(read_yaml(found))
+        return SPACES[kind].model_validate(data)
     except ValidationError as problem:
-        raise ExperimentError(one_line(problem, found, SpaceEntry)) from None
+        raise ExperimentError(one_line(problem, found, SPACES[kind])) from None
 
 
 def _space(
-    entry: SpaceEntry,
+    entry: SpaceEntry, file: ExperimentFile, models: Models, tasks: Mapping[str, Task], path: Path
+) -> tuple[Space, SpaceEntry]:
+    """Return the space, and its entry with all that was found out for it."""
+    place, depth, calibration = f"{path}: space", models.checkpoint.depth, _calibration(file, path)
+    if isinstance(entry, BlendEntry):
+        return _blend_space(entry, file, models.named, depth, calibration, place), entry
+    try:
+        anatomy = stackable(models, file.trust_remote_code)
+        if isinstance(entry, SakanaEntry):
+            return sakana_space(entry, models, anatomy, file.dtype), entry
+        if isinstance(entry, HybridEntry):
+            blend = _blend_space(entry.blend, file, models.named, depth, calibration, f"{place}.blend")
+            return hybrid_space(entry, blend, models, anatomy), entry
+        if entry.matching and not entry.sizes:
+            entry = entry.model_copy(update={"sizes": measured(models, tasks, file)})
+        return path_space(entry, models, anatomy, file.dtype), entry
+    except InvalidInput as problem:
+        text = str(problem)
+        raise ExperimentError(text if text.startswith(place) else f"{place}: {text}") from None
+
+
+def _blend_space(
+    entry: BlendEntry,
     file: ExperimentFile,
     named: Mapping[str, Source],
     depth: int,
@@ -290,7 +287,7 @@ def _lines(slots: Mapping[str, list[str]], has_base: bool, place: str) -> dict[t
 
 
 def _parameter_range(
-    name: str, entry: SpaceEntry, slots: Mapping[str, list[str]], lines: Mapping[tuple[str, ...], Method], place: str
+    name: str, entry: BlendEntry, slots: Mapping[str, list[str]], lines: Mapping[tuple[str, ...], Method], place: str
 ) -> ParameterRange:
     given = entry.parameters[name]
     having = {options: found for options, line in lines.items() if (found := line.find(name)) is not None}
@@ -467,15 +464,13 @@ def _settings(kind: type[T], given: Mapping[str, Any], place: str) -> T:
 def _absolute(
     file: ExperimentFile,
     path: Path,
-    folders: Mapping[str, Path],
+    models: Models,
     space: SpaceEntry,
     tasks: Mapping[int, str | dict[str, Any]],
 ) -> ExperimentFile:
     """Return the file with references that mean the same from wherever it is read."""
-    models = ModelsEntry(
-        base=str(folders["base"]) if file.models.base is not None else None,
-        sources={name: str(folders[name]) for name in file.models.sources},
-    )
+    found = models.references
+    entry = ModelsEntry(base=found.get("base"), sources={name: found[name] for name in file.models.sources})
     objectives = [
         entry.model_copy(update={"task": tasks[i]}) if i in tasks else entry for i, entry in enumerate(file.objectives)
     ]
@@ -484,5 +479,5 @@ def _absolute(
     if bank is not None:
         bank = bank.model_copy(update={"path": str(files_of((path.parent / bank.path).resolve())[1])})
     return file.model_copy(
-        update={"models": models, "space": space, "objectives": objectives, "calibration": calibration, "bank": bank}
+        update={"models": entry, "space": space, "objectives": objectives, "calibration": calibration, "bank": bank}
     )

@@ -18,6 +18,9 @@ _VOCABULARY = ("vocab_size",)
 #: Config keys that list the indices of the layers that are special.
 _INDEX_LISTS = ("mlp_only_layers",)
 
+#: How the names of output heads end.
+HEADS = ("lm_head.weight", "embed_out.weight")
+
 _LAYER = re.compile(r"^(?P<before>.+?)\.(?P<index>\d+)\.(?P<after>.+)$")
 _NORM = re.compile(r"norm|(^|_)ln(_|$)")
 _EMBEDDING = re.compile(r"embed(?!_out)|(^|\.)wte\.|(^|\.)wpe\.")
@@ -122,6 +125,11 @@ def place(name: str, depth: int) -> Place:
     if index >= depth:
         raise ModelError(f"tensor {name!r} is of layer {index}, but config.json says that there are {depth} layers")
     return Place(layer=index, group=_group(after.split(".")[0].lower()))
+
+
+def is_head(name: str) -> bool:
+    """Tell whether a tensor is the weight of an output head, whatever the file calls it."""
+    return name.endswith(HEADS)
 
 
 def renamed(name: str, layer: int) -> str:

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from evomerge.errors import ModelError, nearest
-from evomerge.models.architecture import place, read_config, read_json, text_part
+from evomerge.models.architecture import is_head, place, read_config, read_json, text_part
 from evomerge.models.locate import locate
 from evomerge.value import value
 
@@ -27,11 +27,19 @@ TOKENIZER_FILES = (
     "tiktoken.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
-#: How the names of output heads end.
-_HEADS = ("lm_head.weight", "embed_out.weight")
-
 #: How much of a shard goes into the fingerprint: this many blocks of this many bytes.
 _BLOCKS, _BLOCK = 256, 4096
+
+#: Keys of configs that say how a layer's tensors are cut into heads: equal shapes may hide other heads.
+_HEADS = ("num_attention_heads", "num_key_value_heads", "n_head", "head_dim")
+
+#: Keys of configs that say what a layer computes besides.
+_SETTINGS = (
+    "hidden_act", "hidden_activation", "activation_function", "layer_types", "sliding_window", "rms_norm_eps",
+    "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "rope_theta", "rope_scaling", "rope_parameters",
+    "rotary_pct", "partial_rotary_factor", "query_pre_attn_scalar", "attn_logit_softcapping", "use_parallel_residual",
+    "residual_multiplier", "attention_multiplier", "no_rope_layers", "mlp_only_layers",
+)  # fmt: skip
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -181,7 +189,7 @@ class Checkpoint:
 
     def _settle_head(self) -> None:
         """Leave out a stored head that is the embedding; where the config is silent, a stored head is its own."""
-        heads = [name for name in self._entries if name.endswith(_HEADS)]
+        heads = [name for name in self._entries if is_head(name)]
         if not (heads and self.architecture.tied):
             return
         if not _says_tied(self._config):
@@ -214,6 +222,7 @@ def check_compatible(base: Checkpoint | None, sources: Mapping[str, Checkpoint])
     (reference, first), *others = models.items()
     for name, other in others:
         _check_architecture(reference, first, name, other)
+        _check_settings(reference, first, name, other, _HEADS, "merge models of one architecture")
         _check_tensors(reference, first, name, other)
         if None not in (first.vocabulary, other.vocabulary) and first.vocabulary != other.vocabulary:
             raise ModelError(
@@ -230,6 +239,28 @@ def _check_architecture(reference: str, first: Checkpoint, name: str, other: Che
             raise ModelError(
                 f"source {name!r} ({other.path}): {words} is {theirs} but {mine} in {reference!r}; "
                 "merge models of one architecture"
+            )
+
+
+def check_stackable(sources: Mapping[str, Checkpoint]) -> None:
+    """Refuse models whose layers would compute differently in each other's place; reads configs only.
+
+    Raises:
+        ModelError: naming the source, what differs and from which model.
+    """
+    (reference, first), *others = sources.items()
+    for name, other in others:
+        _check_settings(reference, first, name, other, _SETTINGS, "a layer would compute otherwise in its place")
+
+
+def _check_settings(
+    reference: str, first: Checkpoint, name: str, other: Checkpoint, keys: Sequence[str], why: str
+) -> None:
+    mine, theirs = text_part(first.config), text_part(other.config)
+    for key in keys:
+        if None not in (mine.get(key), theirs.get(key)) and mine[key] != theirs[key]:
+            raise ModelError(
+                f"source {name!r} ({other.path}): {key} is {theirs[key]} but {mine[key]} in {reference!r}; {why}"
             )
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateError, ModelError, RecipeError
+from evomerge.hops import folded
 from evomerge.methods import canonical, check, draws, method
-from evomerge.models.architecture import Place, place, renamed
+from evomerge.models.architecture import Place, place, renamed, split
 from evomerge.models.resident import Sources
 from evomerge.operators.fused import Lines
 from evomerge.operators.parts import DRAWS, Merge, Part, Statistic, no_statistics
@@ -135,7 +136,11 @@ def _layer(
 
 
 def materialize(
-    recipe: Recipe, sources: Sources, device: str = "cpu", statistic: Statistic = no_statistics
+    recipe: Recipe,
+    sources: Sources,
+    device: str = "cpu",
+    statistic: Statistic = no_statistics,
+    additions: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Build the model of a recipe as a stream of (name, tensor) in the recipe's dtype.
 
@@ -148,12 +153,35 @@ def materialize(
         sources: where the tensors of all models come from that the recipe names, those of inner recipes too.
         device: where to merge; the tensors come out there.
         statistic: returns the statistics that methods take, by kind, name of the model, and its tensor.
+        additions: for recipes with scales, see `evomerge.hops.folded` and `evomerge.models.anatomy`.
 
     Raises:
         RecipeError, ModelError: at the call, if recipe and sources do not fit.
         CandidateError: while streaming, naming the tensor whose values are not finite.
     """
-    return Blueprint(recipe, sources, device, statistic).stream()
+    return Blueprint(recipe, sources, device, statistic, additions=additions).stream()
+
+
+def without_scales(recipe: Recipe, names: Sequence[str], additions: Mapping[str, float] | None) -> Recipe:
+    """Return the recipe with its scales folded into the tensors that they are folded into; see `evomerge.hops.folded`.
+
+    Args:
+        recipe: with scales or without.
+        names: the tensors that every source has.
+        additions: what layers add is proportional to these; None or none: it is not known.
+
+    Raises:
+        RecipeError: if there are scales, and they cannot be folded.
+    """
+    if not recipe.scaled:
+        return recipe
+    if not additions:
+        raise RecipeError("recipe has scales, but what its layers add to the stream is not known, or cannot be scaled")
+    known = {parts[2] for name in names if (parts := split(name)) is not None}
+    missing = next((name for name in additions if name not in known), None)
+    if missing is not None:
+        raise RecipeError(f"recipe has scales, to be folded into {missing!r} of each layer, which is no tensor here")
+    return folded(recipe, additions)
 
 
 def statistics_for(
@@ -214,18 +242,21 @@ class Blueprint:
         device: str = "cpu",
         statistic: Statistic = no_statistics,
         lines: Lines | None = None,
+        additions: Mapping[str, float] | None = None,
     ) -> None:
         """Plan the model and answer the questions of its methods about the whole of it."""
-        named = _named(recipe)
-        if not named:
+        if not _named(recipe):
             raise RecipeError("recipe has neither sources nor a base; name at least one source")
+        recipe = without_scales(recipe, sources.names, additions)
+        named = _named(recipe)
         self.recipe = recipe
         self._sources, self._device, self._statistic = sources, device, statistic
         self._first = named[0].name
         self._base = None if recipe.base is None else recipe.base.name
         self._steps = {step.name: step for step in plan(recipe, sources.names, sources.depth)}
         self._inner = {
-            name: Blueprint(inner, sources, device, statistic) for name, inner in _inner_recipes(recipe).items()
+            name: Blueprint(inner, sources, device, statistic, additions=additions)
+            for name, inner in _inner_recipes(recipe).items()
         }
         kinds = {name: sources.dtype(self._leaf(), step.of(self._first)) for name, step in self._steps.items()}
         floating = [step for step in self._steps.values() if kinds[step.name].is_floating_point]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import ModelError
-from evomerge.models.architecture import place, renamed, reshaped
+from evomerge.models.architecture import place, renamed, reshaped, text_part
 from evomerge.models.checkpoint import Checkpoint
 from evomerge.value import value
 
@@ -82,7 +82,7 @@ def save(
     partial.mkdir()
     try:
         _write_tensors(stream, _slots(template, layers, dtype, shard_bytes), partial)
-        _write_json(partial / "config.json", reshaped(template.config, layers, dtype))
+        _write_json(partial / "config.json", reshaped(_full_config(template, layers), layers, dtype))
         _copy_files(template, partial)
         for name, text in (extra_files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
@@ -91,6 +91,26 @@ def save(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _full_config(template: Checkpoint, depths: Sequence[int]) -> dict[str, Any]:
+    """Return the template's config, with the kinds of its layers where their order is about to change.
+
+    Where a config leaves them out, transformers derives them from the layers' numbers.
+    """
+    config = template.config
+    if list(depths) == list(range(template.depth)) or "layer_types" in text_part(config):
+        return config
+    from transformers import AutoConfig
+
+    try:
+        kinds = getattr(AutoConfig.from_pretrained(template.path).get_text_config(), "layer_types", None)
+    except (OSError, ValueError, KeyError):  # no architecture of transformers' own: nothing is derived there
+        kinds = None
+    if kinds and len(kinds) == template.depth:
+        part = config["text_config"] if text_part(config) is not config else config
+        part["layer_types"] = list(kinds)
+    return config
 
 
 def _slots(template: Checkpoint, depths: Sequence[int], dtype: str, shard_bytes: int) -> dict[str, _Slot]:

@@ -341,6 +341,11 @@ def scale(s: State, scale: float) -> Tensor:
     return s.merged * s.number(scale)
 
 
+def gain(s: State, gain: float, of: float) -> Tensor:
+    """Multiply what a norm multiplies by, which is stored without `of`."""
+    return (s.merged + s.number(of)) * s.number(gain) - s.number(of)
+
+
 def consensus(s: State, mask_scale: Given, k: float) -> Tensor:
     """Keep the entries that at least k sources claim; after `scale` the claims are on the scaled entries."""
     return s.merged * (added(_claims(s, mask_scale).to(s.X.dtype)) >= k)

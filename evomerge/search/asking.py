@@ -1,10 +1,11 @@
 """Asks candidates: submits what a schedule wants of each, takes answers as they come, and keeps them."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from evomerge.errors import LedgerError
 from evomerge.fitness.schedule import Items, Schedule
+from evomerge.hops import alike, path_of
 from evomerge.ledger import Answered
 from evomerge.pool import Answer, Job, Pool
 from evomerge.recipe import Recipe
@@ -60,12 +61,14 @@ class Asking:
         tape: the ledger.
         pool: who answers.
         everything: all items of each split.
+        stacked: whether candidates are stacks, those of which that begin alike are best asked one after the other.
     """
 
-    def __init__(self, tape: Tape, pool: Pool, everything: Mapping[str, Items]) -> None:
+    def __init__(self, tape: Tape, pool: Pool, everything: Mapping[str, Items], stacked: bool = False) -> None:
         self._tape = tape
         self._pool = pool
         self._everything = everything
+        self._stacked = stacked
         #: Of each split, what every candidate answered.
         self.found: dict[str, dict[int, Answers]] = {split: {} for split in everything}
 
@@ -94,7 +97,11 @@ class Asking:
             self._ask(split, plan(), recipes)
 
     def _ask(self, split: str, schedule: Schedule, recipes: Mapping[int, Recipe]) -> None:
-        waiting = deque(recipes)
+        paths = {number: path_of(recipe) if self._stacked else () for number, recipe in recipes.items()}
+        # Stacks that begin alike follow each other, so that a worker still has what the beginning made.
+        waiting = deque(sorted(recipes, key=lambda number: paths[number]))
+        branches = _branches([paths[number] for number in waiting])
+        ahead = dict(zip(waiting, branches, strict=True))
         asked: dict[int, Items] = {}
         while waiting or asked:
             while waiting and self._pool.room:
@@ -103,12 +110,31 @@ class Asking:
                 items = schedule.next(number, own.values) if own.error is None else None
                 if items is not None:
                     asked[number] = items
-                    self._pool.submit(Job(candidate=number, recipe=recipes[number], split=split, items=dict(items)))
+                    self._pool.submit(
+                        Job(
+                            candidate=number,
+                            recipe=recipes[number],
+                            split=split,
+                            items=dict(items),
+                            branches=ahead[number],
+                        )
+                    )
             if asked:
                 answer = self._pool.wait()
                 event = self._tape.write(_answered(answer, asked.pop(answer.candidate), self._everything[split]))
                 self.found[split][answer.candidate].add(event, self._everything[split])
                 waiting.appendleft(answer.candidate)  # next in turn: its worker still holds the model
+
+
+def _branches(paths: Sequence[Sequence[object]]) -> list[tuple[int, ...]]:
+    """Return for each of some sorted paths after how many hops later ones branch off from it."""
+    found: list[tuple[int, ...]] = []
+    own: list[int] = []  # of the path before, seen from the end: falling
+    for one, two in zip(reversed(paths), [None, *reversed(paths)], strict=False):
+        common = 0 if two is None else alike(one, two)
+        own = sorted({min(depth, common) for depth in (*own, common)} - {0})
+        found.append(tuple(own))
+    return found[::-1]
 
 
 def _answered(answer: Answer, asked: Items, everything: Items) -> Answered:
@@ -120,4 +146,5 @@ def _answered(answer: Answer, asked: Items, everything: Items) -> Answered:
         margins={task: tuple(round(margin, 4) for margin in own) for task, own in answer.margins.items()},
         error=answer.error,
         seconds=round(answer.seconds, 4),
+        layers=dict(answer.layers),
     )

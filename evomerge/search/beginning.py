@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from evomerge.ledger import Event, Ledger, Started
 from evomerge.models.architecture import place
 from evomerge.models.checkpoint import Checkpoint
 from evomerge.pool import InlinePool, Pool, RayPool
-from evomerge.recipe import Recipe, depths_of
-from evomerge.spaces.proposals import Proposal, baselines, warmup
+from evomerge.recipe import Recipe, copy_of, depths_of
+from evomerge.spaces.proposals import Proposal, baselines, probes, warmup
+from evomerge.spaces.stack import Prior
 from evomerge.worker import WorkerSetup
 
 #: Libraries whose version decides the course of a run, beside the driver's own.
@@ -34,10 +36,21 @@ def baselines_of(experiment: Experiment) -> list[Proposal]:
     return baselines(experiment.space, experiment.baselines, experiment.file.baselines.lambdas)
 
 
-def warmup_of(experiment: Experiment) -> list[Proposal]:
-    """Return the random genomes that are asked everything, where the schedule has a warm-up."""
+def probes_of(experiment: Experiment) -> list[Proposal]:
+    """Return the layer probes of an experiment, which run after the baselines; none where no layers are stacked."""
+    return probes(experiment.space)
+
+
+def warmup_of(experiment: Experiment, prior: Prior | None = None) -> list[Proposal]:
+    """Return the random genomes that are asked everything, where the schedule has a warm-up.
+
+    Args:
+        experiment: what is run.
+        prior: what the probes let hope of each layer.
+    """
     schedule = experiment.schedule
-    return warmup(experiment.space, schedule.random, experiment.file.seed) if isinstance(schedule, Warmup) else []
+    count = schedule.random if isinstance(schedule, Warmup) else 0
+    return warmup(experiment.space, count, experiment.file.seed, prior)
 
 
 def versions(experiment: Experiment) -> dict[str, str]:
@@ -48,8 +61,8 @@ def versions(experiment: Experiment) -> dict[str, str]:
 
 def properties(experiment: Experiment, recipe: Recipe) -> dict[str, float]:
     """Return the properties of a model that can be objectives: number of parameters, and of layers."""
-    checkpoint = Checkpoint(experiment.folders[recipe.sources[0].name])
-    depths = depths_of(recipe, recipe.sources[0].name)
+    checkpoint = Checkpoint(experiment.template)
+    depths = depths_of(recipe, recipe.sources[0].name) or list(range(checkpoint.depth))
     layers = [place(name, checkpoint.depth).layer for name in checkpoint.names]
     sizes = [math.prod(checkpoint.shape(name)) for name in checkpoint.names]
     times = [1 if layer is None else depths.count(layer) for layer in layers]
@@ -59,13 +72,17 @@ def properties(experiment: Experiment, recipe: Recipe) -> dict[str, float]:
 def reference(experiment: Experiment) -> tuple[float | None, ...]:
     """Return the reference point of the hypervolume, as far as it is known before the run.
 
-    Zero for a score that is maximised, one for a score that is minimised, and the greatest
-    (or least) value among the sources for a property. For a score without bounds it is the worst
-    among the sources too, which the run finds out: None.
+    Zero for a score that is maximised, one for a score that is minimised, and for a property the greatest (or least)
+    value among the sources, or that of a stack with one layer more than the space allows, so that each counts. For a
+    score without bounds it is the worst among the sources too, which the run finds out: None.
     """
     sources = []
     if any(objective.kind == "property" for objective in experiment.objectives):
-        sources = [properties(experiment, p.recipe) for p in baselines_of(experiment) if p.origin == "source"]
+        known = [p.recipe for p in baselines_of(experiment) if p.origin == "source"]
+        if experiment.stacked:
+            source = copy_of(experiment.baselines[0], experiment.space.depth, experiment.file.dtype)
+            known += (replace(source, layers=(k,) * (experiment.space.most + 1)) for k in source.layers)
+        sources = [properties(experiment, recipe) for recipe in known]
     found: list[float | None] = []
     for objective in experiment.objectives:
         minimised = objective.direction == "minimize"
@@ -115,9 +132,8 @@ def check_started(first: Event, ours: Started) -> None:
 def open_pool(experiment: Experiment) -> Pool:
     """Return the pool that the experiment asks for; its workers start with the first job."""
     settings = experiment.file.workers
-    base = experiment.space.base
     setup = WorkerSetup(
-        template=experiment.folders[(base or experiment.space.sources[0]).name],
+        template=experiment.template,
         sources=experiment.folders,
         tasks=experiment.tasks,
         dtype=experiment.file.dtype,
@@ -128,6 +144,9 @@ def open_pool(experiment: Experiment) -> Pool:
         budget=None if settings.resident_gb is None else int(settings.resident_gb * 1e9),
         trust_remote_code=experiment.file.trust_remote_code,
         gates=experiment.gates,
+        models={source.name: source.recipe for source in experiment.baselines if source.recipe is not None},
+        stacked=experiment.stacked,
+        prefixes=int(settings.prefixes_gb * 1e9),
     )
     if settings.pool == "inline":
         return InlinePool(setup.make, settings.time_limit)

@@ -1,6 +1,7 @@
 """The search loop: proposes, asks, scores and tells, one ledger event at a time, and replays them to resume."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -14,14 +15,16 @@ from evomerge.ledger import BASELINES, Asked, Finished, Ledger, Promoted, Rescor
 from evomerge.objective import losses
 from evomerge.pareto import front
 from evomerge.pool import Pool
+from evomerge.run import gains_of
 from evomerge.search.asking import Asking
-from evomerge.search.beginning import baselines_of, check_started, now, started, warmup_of
+from evomerge.search.beginning import baselines_of, check_started, now, probes_of, started, warmup_of
 from evomerge.search.blocks import blocks_of
 from evomerge.search.book import Book
 from evomerge.search.generation import Generations, recorded
 from evomerge.search.scoring import Model
 from evomerge.search.tape import Tape, Watch
 from evomerge.spaces.proposals import Proposal
+from evomerge.spaces.stack import Prior, prior_of
 
 
 class Search:
@@ -48,9 +51,10 @@ class Search:
         self._experiment = experiment
         self._tape = Tape(record, watch)
         splits = {split: experiment.items(split) for split in SPLITS}
-        self._asking = Asking(self._tape, pool, splits)
+        self._asking = Asking(self._tape, pool, splits, experiment.stacked)
         self._book = Book(experiment, self._tape, self._asking.found["search"])
         self._generations = Generations(experiment, self._tape, self._book, self._asking)
+        self._prior: Prior | None = None
 
     def run(self) -> Finished:
         """Run, or go on, to the end.
@@ -74,14 +78,19 @@ class Search:
         self._tape.take(Started, lambda: ours)
 
     def _warm_up(self) -> None:
-        proposals = baselines_of(self._experiment) + warmup_of(self._experiment)
-        told = self._generations.first([self._book.ask(proposal).candidate for proposal in proposals])
+        known, probes = baselines_of(self._experiment), probes_of(self._experiment)
+        random = [] if probes else warmup_of(self._experiment)
+        told = self._generations.first([self._book.ask(proposal).candidate for proposal in [*known, *probes, *random]])
         if all(event.losses is None for event in told):
             reason = next(own.error for own in self._book.answers.values() if own.error)
             raise EvomergeError(
                 f"no model could be scored, not even the sources; the first reason: {reason}; "
                 "mend that, remove the run's folder and start anew"
             )
+        if probes:
+            self._prior = prior_of(gains_of(self._experiment.objectives, self._book.asked, self._book.told))
+            if more := warmup_of(self._experiment, self._prior):
+                self._generations.first([self._book.ask(proposal).candidate for proposal in more])
 
     def _search(self) -> None:
         experiment = self._experiment
@@ -92,6 +101,8 @@ class Search:
                 seed=experiment.file.seed,
                 known=tuple(self._book.known),
                 weights=tuple(objective.weight for objective in experiment.objectives),
+                start=experiment.space.start,
+                draw=partial(experiment.space.sample, prior=self._prior) if experiment.stacked else None,
             )
         )
         first = len(self._book.asked)

@@ -8,7 +8,7 @@ from evomerge.evaluation.task import SPLITS
 from evomerge.experiment import Experiment
 from evomerge.fitness.schedule import Fixed, Race, Warmup
 from evomerge.pool import Job, Pool
-from evomerge.search.beginning import baselines_of, warmup_of
+from evomerge.search.beginning import baselines_of, probes_of, warmup_of
 from evomerge.value import value
 
 #: Items per task to time, and the seconds of an answer beyond which no greater number is tried.
@@ -22,7 +22,7 @@ _MORE = 1
 def planned(experiment: Experiment) -> dict[str, tuple[int, int]]:
     """Return for each step of a run how many candidates it asks at most, and how many items of each on average."""
     sizes = {s: sum(len(i) for i in experiment.items(s).values()) for s in SPLITS}
-    known = len(baselines_of(experiment))
+    known, probed, random = (len(own(experiment)) for own in (baselines_of, probes_of, warmup_of))
     schedule, candidates = experiment.schedule, experiment.file.budget.candidates
     few = None if isinstance(schedule, Race) else schedule.items
     each = sizes["search"] if few is None else sum(min(few, len(i)) for i in experiment.items("search").values())
@@ -38,7 +38,7 @@ def planned(experiment: Experiment) -> dict[str, tuple[int, int]]:
         more = promoted * (sizes["search"] - each) + closing * drawn
         promoted += closing
     return {
-        "warm-up": (known + len(warmup_of(experiment)), each if isinstance(schedule, Fixed) else sizes["search"]),
+        "warm-up": (known + probed + random, each if isinstance(schedule, Fixed) else sizes["search"]),
         "search": (candidates + again, each),
         "promotion": (promoted, math.ceil(more / max(1, promoted))),
         "validation": (known + finalists, sizes["validation"]),

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 
 from evomerge.errors import RecipeError
-from evomerge.genome import ActiveIf, Axis, Choice, Gene, Genome, Real, Whole, check_axes, check_genome
+from evomerge.genome import ActiveIf, Axis, Choice, Gene, Genome, Real, Whole, check_axes, check_genome, from_unit
 from evomerge.methods import canonical
 from evomerge.recipe import ENDS, GROUPS, Blend, Parameter, Recipe, Route, Source
 from evomerge.value import value
@@ -135,6 +135,31 @@ class BlendSpace:
     def axes(self) -> tuple[Axis, ...]:
         """The axes, method first, then weights (source by source), then parameters."""
         return tuple(self._axes())
+
+    @property
+    def most(self) -> int:
+        """The most layers that a candidate has: as many as the sources."""
+        return self.depth
+
+    @property
+    def headline(self) -> str:
+        """What the space is, in a line."""
+        line = ", ".join(self.methods) or " | ".join(slot.name for slot in self.slots)
+        modules = " | ".join("+".join(own) for own in self.modules)
+        return f"{line}; {self.knots} {self.profile} over depth, modules {modules}"
+
+    @property
+    def start(self) -> Genome | None:
+        """Nothing: a search begins with the best that is known."""
+        return None
+
+    def sample(self, rng: np.random.Generator, prior: Mapping[str, tuple[float, ...]] | None = None) -> Genome:
+        """Return a random genome, uniform in the unit cube; there is no prior."""
+        return from_unit(self.axes, rng.random(len(self.axes)))
+
+    def probes(self) -> list[tuple[str, int, Genome]]:
+        """Return nothing: layers are neither left out nor repeated."""
+        return []
 
     def decode(self, genome: Genome) -> Recipe:
         """Return the recipe of a genome.

@@ -1,4 +1,4 @@
-"""Candidates that nobody searched for: the baselines of every run, and the random genomes of a warm-up."""
+"""Candidates that nobody searched for: the baselines of every run, layer probes, and a warm-up's random genomes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,13 +7,66 @@ from typing import Protocol
 import numpy as np
 
 from evomerge.errors import LedgerError
-from evomerge.genome import Genome, from_unit
+from evomerge.genome import Genome, SearchSpace
 from evomerge.recipe import Recipe, Source, copy_of
-from evomerge.spaces.blend import BlendSpace
+from evomerge.spaces.stack import Prior
 from evomerge.value import value
+
+#: The origin of layer probes; their labels are an operation and a place.
+PROBE = "probe"
 
 #: Stream of random numbers of the warm-up; other parts of a run have their own.
 _STREAM = 1
+
+
+class Space(SearchSpace, Protocol):
+    """What the experiments of a run have in common: models, and what is proposed of them without a search."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The models that are searched."""
+        ...
+
+    @property
+    def base(self) -> Source | None:
+        """The model that task vectors are taken from."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """The number of layers of every source."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the models to build."""
+        ...
+
+    @property
+    def most(self) -> int:
+        """The most layers that a candidate has."""
+        ...
+
+    @property
+    def headline(self) -> str:
+        """What the space is, in a line."""
+        ...
+
+    def sample(self, rng: np.random.Generator, prior: Prior | None = None) -> Genome:
+        """Return a random genome, as the space hopes most of it."""
+        ...
+
+    def probes(self) -> list[tuple[str, int, Genome]]:
+        """Return what is asked first to learn which layers matter: operation, place, genome."""
+        ...
+
+    def constant(self, method: str, weight: Mapping[str, float]) -> Recipe:
+        """Return the recipe with one weight per source everywhere."""
+        ...
+
+    def genome_of_constant(self, method: str, weight: Mapping[str, float]) -> Genome | None:
+        """Return the genome of it, or None if the space has none."""
+        ...
 
 
 @value
@@ -59,7 +112,7 @@ class Recorded(Protocol):
         ...
 
 
-def baselines(space: BlendSpace, models: Sequence[Source], lambdas: Sequence[float]) -> list[Proposal]:
+def baselines(space: Space, models: Sequence[Source], lambdas: Sequence[float]) -> list[Proposal]:
     """Return what always runs first: each model as it is, the sources' average, single-lambda task arithmetic.
 
     Args:
@@ -86,17 +139,25 @@ def baselines(space: BlendSpace, models: Sequence[Source], lambdas: Sequence[flo
     return found
 
 
-def warmup(space: BlendSpace, count: int, seed: int) -> list[Proposal]:
-    """Return random genomes, uniform in the unit cube: the rows on which an item bank is fitted."""
+def probes(space: Space) -> list[Proposal]:
+    """Return single edits of where a search of stacks begins, which tell what each layer is worth."""
+    return [
+        Proposal(origin=PROBE, label=f"{kind} {at}", genome=genome, recipe=space.decode(genome))
+        for kind, at, genome in space.probes()
+    ]
+
+
+def warmup(space: Space, count: int, seed: int, prior: Prior | None = None) -> list[Proposal]:
+    """Return random genomes, as the space draws them: the rows on which an item bank is fitted."""
     rng = np.random.default_rng([seed, _STREAM])
-    genomes = [from_unit(space.axes, point) for point in rng.random((count, len(space.axes)))]
+    genomes = [space.sample(rng, prior) for _ in range(count)]
     return [
         Proposal(origin="warmup", label=f"warm-up {i}", genome=genome, recipe=space.decode(genome))
         for i, genome in enumerate(genomes)
     ]
 
 
-def recipe_of(known: Sequence[Proposal], space: BlendSpace, event: Recorded) -> Recipe:
+def recipe_of(known: Sequence[Proposal], space: Space, event: Recorded) -> Recipe:
     """Return the recipe of a candidate that a ledger names.
 
     Args:
@@ -120,13 +181,13 @@ def recipe_of(known: Sequence[Proposal], space: BlendSpace, event: Recorded) -> 
     return found
 
 
-def _constant(space: BlendSpace, origin: str, label: str, method: str, weights: Mapping[str, float]) -> Proposal:
+def _constant(space: Space, origin: str, label: str, method: str, weights: Mapping[str, float]) -> Proposal:
     return Proposal(
         origin=origin, label=label, genome=_genome(space, weights), recipe=space.constant(method, weights)
     )
 
 
-def _genome(space: BlendSpace, weights: Mapping[str, float]) -> Genome | None:
+def _genome(space: Space, weights: Mapping[str, float]) -> Genome | None:
     """Return the genome of a sum of task vectors; with weights that add up to 1 it is an average of sources too."""
     methods = ["task_arithmetic"]
     if math.isclose(sum(weights.values()), 1.0):
