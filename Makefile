@@ -7,6 +7,8 @@
 # make speed    measure what a candidate costs to build, as a ratio to a plain copy
 # make fitness  compare the estimators on simulated responses, or on those in the folder RESPONSES
 # make engine   time the engine against lm-eval's own model class
+# make prefixes measure what stacks that begin alike share, and what building a stack costs
+# make stacks   compare searches over stacks: edits against the published data flow space
 # make lines    compare every compiled method with its plain run
 # make clean    remove what these targets made; runs/ stays
 #
@@ -26,7 +28,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint torture claims methods speed fitness engine lines clean
+.PHONY: demo test lint torture claims methods speed fitness engine prefixes stacks lines clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -57,6 +59,12 @@ fitness: $(VENV)/.installed
 
 engine: $(VENV)/.installed-test
 	$(BIN)/python experiments/benchmarks/engine.py
+
+prefixes: $(VENV)/.installed
+	$(SINGLE) $(BIN)/python experiments/benchmarks/prefix.py
+
+stacks: $(VENV)/.installed
+	$(SINGLE) $(BIN)/python experiments/benchmarks/stacks.py
 
 lines: $(VENV)/.installed-test
 	$(SINGLE) EVOMERGE_EVERY_LINE=1 $(BIN)/python -m pytest tests/operators/test_fused.py -k every

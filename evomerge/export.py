@@ -17,6 +17,7 @@ from evomerge.evaluation.request import Outcome
 from evomerge.evaluation.task import SPLITS, Task
 from evomerge.experiment import Experiment
 from evomerge.experiment.sources import leaf_of
+from evomerge.hops import passed_through, stack_of
 from evomerge.ledger import Answered, Event
 from evomerge.models import mergekit
 from evomerge.models.anatomy import additions_of
@@ -113,7 +114,7 @@ def _write(
     additions = additions_of(recipe, template.path, experiment.file.trust_remote_code)
     built = materialize(recipe, sources, device, statistic, additions)
     stream = ((name, tensor.to("cpu")) for name, tensor in built)
-    plainly = without_scales(recipe, template.names, additions)
+    plainly = without_scales(recipe if stack_of(recipe) is None else passed_through(recipe), template.names, additions)
     theirs = mergekit.to_mergekit(plainly, template.names, template.depth)
     beyond = "" if theirs else mergekit.expressible(plainly, template.names, template.depth)
     files = {

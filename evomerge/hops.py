@@ -121,7 +121,16 @@ def folded(recipe: Recipe, additions: Mapping[str, float]) -> Recipe:
                 Route(tensors=f"*.{name}", layers=layers, blend=_divided(source, total, without))
                 for name, without in additions.items()
             )
-    return replace(recipe, routes=(*routes, *recipe.routes), scales=())
+    return replace(recipe, routes=(*routes, *passed_through(recipe).routes), scales=())
+
+
+def passed_through(recipe: Recipe) -> Recipe:
+    """Return a recipe that builds the same, whose copies are made by the method that mergekit makes them by."""
+    routes = (
+        replace(route, blend=replace(copy_blend(source), method="passthrough")) if source is not None else route
+        for route, source in ((route, copied(route.blend)) for route in recipe.routes)
+    )
+    return replace(recipe, routes=tuple(routes))
 
 
 def path_of(recipe: Recipe) -> tuple[tuple[str, int, float], ...]:

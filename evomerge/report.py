@@ -111,7 +111,23 @@ def _probes(run: Run) -> Sequence[RenderableType]:
 
 def _cost(run: Run) -> RenderableType:
     failed = f"Candidates failed: {len(run.errors)}. Worker time: {run.seconds:.0f} s."
-    return Text("\n".join([*_saving(run), failed]))
+    return Text("\n".join([*_saving(run), *_sparing(run), failed]))
+
+
+def _sparing(run: Run) -> list[str]:
+    """Return what kept hidden states spared a search over stacks, in a line; nothing for any other search."""
+    made = run.layers.get("run", 0)
+    if not made:
+        return []
+    shares = (
+        run.layers[f"spared{unit}"] / (run.layers[f"spared{unit}"] + run.layers[f"run{unit}"])
+        for unit in ("", "_tokens")
+    )
+    passes, tokens = (f"{share:.0%}" for share in shares)
+    return [
+        f"Layer passes: {made:,} run, {run.layers['spared']:,} spared by kept hidden states ({passes}, by tokens "
+        f"{tokens}); at most {run.layers['bytes'] / 1e6:.1f} MB kept by a worker."
+    ]
 
 
 def _saving(run: Run) -> list[str]:

@@ -46,6 +46,8 @@ class Run:
         self.fitted: list[Fitted] = []
         self._answered: set[int] = set()
         self._promoting = False
+        #: Layer passes of stacks, run and spared, also in tokens; and the most bytes that a worker kept for that.
+        self.layers: dict[str, int] = {}
         #: Items asked so far, by step.
         self.items = dict.fromkeys(STEPS, 0)
         for event in events:
@@ -78,6 +80,9 @@ class Run:
 
     def _count(self, event: Answered) -> None:
         self.seconds += event.seconds
+        for name, count in event.layers.items():
+            known = self.layers.get(name, 0)
+            self.layers[name] = max(known, count) if name == "bytes" else known + count
         if event.error is not None:
             self.errors[event.candidate] = event.error
         step = event.split

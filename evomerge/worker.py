@@ -169,7 +169,8 @@ class ModelWorker:
             return None
         from evomerge.models.stack import Stacks
 
-        return Stacks(setup.template, self._sources, setup.dtype, setup.device, setup.trust_remote_code)
+        lasting = [recipe.digest for recipe in setup.models.values()]
+        return Stacks(setup.template, self._sources, setup.dtype, setup.device, setup.trust_remote_code, lasting)
 
     def _refer(self, job: Job) -> None:
         """Have what the references of the job's tasks say, in the splits that it asks.

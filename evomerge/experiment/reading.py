@@ -1,5 +1,6 @@
 """Reads an experiment file and checks it to the last key; what is wrong is said in one line."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def one_line(problem: ValidationError, path: Path, model: type[BaseModel]) -> st
     keys = [key for key in first["loc"] if key not in _UNION_BRANCHES]
     where = ".".join(str(key) for key in keys)
     if first["type"] == "extra_forbidden":
-        what = f"unknown key; {nearest(str(keys[-1]), _keys_at(model, keys[:-1]))}"
+        what = f"unknown key; {nearest(str(keys[-1]), _keys_at(model, first['loc'][:-1]))}"
     elif first["type"] == "missing":
         what = "missing; see `evomerge schema`"
     elif first["type"] == "literal_error":
@@ -91,17 +92,22 @@ def one_line(problem: ValidationError, path: Path, model: type[BaseModel]) -> st
     return f"{path}: {where}: {what}{more}"
 
 
+#: The kinds of spaces by the tag that stands in a location.
+_KINDS = {f"{kind} space": entry for kind, entry in SPACES.items()}
+
 #: Names that pydantic adds to a location for the branch of a union it tried.
 _UNION_BRANCHES = frozenset(
-    {"str", "ParameterEntry", "StepsEntry", "dict[str,any]", "list[str]", "float", "int", "a name"}
-    | {f"{kind} space" for kind in SPACES}
+    {"str", "ParameterEntry", "StepsEntry", "dict[str,any]", "list[str]", "float", "int", "a name", *_KINDS}
 )
 
 
-def _keys_at(model: type[BaseModel], keys: list[int | str]) -> list[str]:
+def _keys_at(model: type[BaseModel], keys: Sequence[int | str]) -> list[str]:
     """Return the valid keys at a location, for the nearest name."""
     here: type[BaseModel] = model
     for key in keys:
+        if key in _KINDS:
+            here = _KINDS[str(key)]
+            continue
         info: FieldInfo | None = here.model_fields.get(str(key))
         if info is None:
             continue  # the index of a list, or the free key of a mapping

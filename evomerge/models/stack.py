@@ -1,11 +1,10 @@
 """Layer stacks as live models without copies: sources' layers stay resident once, a stack is a list of references."""
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +15,13 @@ from evomerge.models.anatomy import Anatomy, anatomy_of, list_of_layers
 from evomerge.models.architecture import is_head, place, split
 from evomerge.models.materialize import Blueprint
 from evomerge.models.resident import Sources
-from evomerge.operators.fused import Lines
 from evomerge.operators.parts import Statistic, no_statistics
 from evomerge.recipe import Recipe, Source, copy_of
 
-#: Layers of sources that are themselves merges, kept built: the last so many of them.
-BUILT = 256
+T = TypeVar("T")
+
+#: Modules within a module, by name, each with those within it.
+_Tree = dict[str, "_Tree"]
 
 #: The name of a recipe that is no stack, where it is seen as the only source of one.
 _ITSELF = "itself"
@@ -60,7 +60,8 @@ class Stacks:
     """Layers of sources, resident once for a whole search, and the stacks that are made of them.
 
     A layer is a module whose parameters are the sources' own tensors where those have the dtype and the device of the
-    live model, else copies that are made once. A source that is a recipe is built layer by layer when it is needed.
+    live model, else copies that are made once. A source that is a recipe is built layer by layer when it is needed;
+    what was built for a stack stays until the next is there, or for good where the recipe is named here.
 
     Args:
         folder: the model folder that lends config and code, one of the sources'.
@@ -68,7 +69,7 @@ class Stacks:
         dtype: the dtype that live models compute in.
         device: a torch device.
         trust_remote_code: whether code in the folder may run.
-        lines: compiled lines for the merges among the sources.
+        lasting: digests of recipes whose layers stay once they are built.
 
     Raises:
         ModelError: if layers of this architecture cannot be stacked.
@@ -81,19 +82,20 @@ class Stacks:
         dtype: str,
         device: str = "cpu",
         trust_remote_code: bool = False,
-        lines: Lines | None = None,
+        lasting: Collection[str] = (),
     ) -> None:
         """Look at the architecture; nothing is built."""
         self.anatomy: Anatomy = anatomy_of(folder, trust_remote_code)
-        self._sources, self._device, self._lines = sources, device, lines
-        self._dtype = dtype
+        self._sources, self._device, self._dtype = sources, device, dtype
+        self._lasting = frozenset(lasting)
         self._shell: Any = None
         self._bones: list[nn.Module] = []
+        self._trees: list[_Tree] = []
         self._names = _by_layer(sources)
-        self._layers: dict[tuple[str, int], nn.Module] = {}
-        self._built: OrderedDict[tuple[str, int], nn.Module] = OrderedDict()
-        self._ends: dict[tuple[str, str], dict[str, Tensor]] = {}
-        self._blueprints: OrderedDict[str, Blueprint] = OrderedDict()
+        #: Layers and ends of sources, blueprints of those that are recipes: what stays, and what the last stack had.
+        self._stay: dict[tuple[str, int | str], Any] = {}
+        self._last: dict[tuple[str, int | str], Any] = {}
+        self._now: dict[tuple[str, int | str], Any] = {}
 
     def adopt(self, model: Any) -> None:
         """Take a model of the folder's config, whose weights mean nothing, as what stacks are put into.
@@ -104,6 +106,7 @@ class Stacks:
         parent, _, name = path.rpartition(".")
         owner = model.get_submodule(parent)
         self._bones = [_bared(layer, self._device) for layer in getattr(owner, name)]
+        self._trees = [_tree(layer) for layer in self._bones]
         setattr(owner, name, nn.ModuleList())
         self._shell = model
 
@@ -125,6 +128,7 @@ class Stacks:
         if stack is None:
             raise CandidateError("the recipe has scales and is no stack of layers as they are")
         models = {source.name: source for source in recipe.sources}
+        self._last, self._now = self._now, {}
         live = LiveStack(stack, path_of(recipe))
         layers = [self._layer(models[hop.source], hop.layer, statistic) for hop in stack.hops]
         hops = nn.ModuleList(self._hop(live, k, hop, layers[k]) for k, hop in enumerate(stack.hops))
@@ -140,35 +144,39 @@ class Stacks:
         """Return a source's layer as a module with its tensors."""
         if not 0 <= layer < len(self._bones):
             raise CandidateError(f"layer {layer} of {source.name} is none of its {len(self._bones)} layers")
-        key = (_content(source), layer)
-        kept: dict[tuple[str, int], nn.Module] = self._layers if source.recipe is None else self._built
-        if key not in kept:
-            names = self._names[layer]
-            read = self._reader(source, statistic)
-            kept[key] = rebuilt(self._bones[layer], lambda own: read(names[own]) if own in names else None)
-            while len(self._built) > BUILT:
-                self._built.popitem(last=False)
-        elif source.recipe is not None:
-            self._built.move_to_end(key)
-        return kept[key]
+        def make() -> nn.Module:
+            names, read = self._names[layer], self._reader(source, statistic)
+            found: nn.Module = rebuilt(self._bones[layer], lambda own: read(names[own]) if own in names else None)
+            return found
+
+        return self._kept(source, layer, make)
 
     def _end(self, source: Source, end: str, statistic: Statistic) -> dict[str, Tensor]:
         """Return the tensors of one end of a source, by name."""
-        key = (_content(source), end)
-        if key not in self._ends:
-            while len(self._ends) > BUILT:
-                del self._ends[next(iter(self._ends))]
-            read = self._reader(source, statistic)
-            names = (name for name in self._sources.names if place(name, self._sources.depth).end == end)
-            self._ends[key] = {name: read(name) for name in names}
-        return self._ends[key]
+
+        def make() -> dict[str, Tensor]:
+            read, depth = self._reader(source, statistic), self._sources.depth
+            return {name: read(name) for name in self._sources.names if place(name, depth).end == end}
+
+        return self._kept(source, end, make)
+
+    def _kept(self, source: Source, part: int | str, make: Callable[[], T]) -> T:
+        """Return a part of a source, made when it is not there: for good, or for this stack and the next."""
+        key = (_content(source), part)
+        lasts = source.recipe is None or source.recipe.digest in self._lasting
+        home = self._stay if lasts else self._now
+        if key not in home:
+            home[key] = self._last[key] if key in self._last else make()
+        found: T = home[key]
+        return found
 
     def _reader(self, source: Source, statistic: Statistic) -> Callable[[str], Tensor]:
         """Return what gives a source's tensors in the dtype and on the device of the live model."""
-        if source.recipe is None:
+        recipe = source.recipe
+        if recipe is None:
             tensor: Callable[[str], Tensor] = partial(self._sources.tensor, source.name)
         else:
-            tensor = self._blueprint(source.recipe, statistic).tensor
+            tensor = self._kept(source, "blueprint", lambda: self._blueprint(recipe, statistic)).tensor
         dtype = getattr(torch, self._dtype)
 
         def read(name: str) -> Tensor:
@@ -178,20 +186,13 @@ class Stacks:
         return read
 
     def _blueprint(self, recipe: Recipe, statistic: Statistic) -> Blueprint:
-        key = recipe.digest
-        if key not in self._blueprints:
-            while len(self._blueprints) >= 4:
-                self._blueprints.popitem(last=False)
-            self._blueprints[key] = Blueprint(
-                recipe, self._sources, self._device, statistic, self._lines, self.anatomy.additions
-            )
-        return self._blueprints[key]
+        return Blueprint(recipe, self._sources, self._device, statistic, additions=self.anatomy.additions)
 
     # The model.
 
     def _hop(self, live: LiveStack, place_: int, hop: Hop, layer: nn.Module) -> nn.Module:
         """Return a layer as one hop: with a slot of its own among keys and values, its scale, and the watch."""
-        found = _numbered(layer, place_)
+        found = _numbered(layer, place_, self._trees[hop.layer])
         forward = type(found).forward.__get__(found)
         returned = self.anatomy.returned
 
@@ -247,7 +248,7 @@ def rebuilt(
     made: dict[int, nn.Parameter] = {}
 
     def copied(old: nn.Module, before: str) -> nn.Module:
-        new = copy.copy(old)
+        new = _shallow(old)
         vars(new)["_modules"] = {
             name: None if child is None else copied(child, f"{before}{name}.") for name, child in old._modules.items()
         }
@@ -292,21 +293,31 @@ def _bared(layer: nn.Module, device: str) -> nn.Module:
     return layer
 
 
-def _numbered(layer: nn.Module, index: int) -> nn.Module:
+def _numbered(layer: nn.Module, index: int, inside: _Tree) -> nn.Module:
     """Return a shallow copy of a layer, and of those of its modules that know their number, with another number."""
-    new = copy.copy(layer)
+    new = _shallow(layer)
     if "layer_idx" in vars(new):
         vars(new)["layer_idx"] = index
-    changed = {
-        name: _numbered(child, index) for name, child in layer._modules.items() if child is not None and _counted(child)
-    }
-    if changed:
+    if inside:
+        changed = {name: _numbered(layer._modules[name], index, tree) for name, tree in inside.items()}  # type: ignore[arg-type]  # the tree names modules that are there
         vars(new)["_modules"] = {**layer._modules, **changed}
     return new
 
 
-def _counted(module: nn.Module) -> bool:
-    return any("layer_idx" in vars(inside) for inside in module.modules())
+def _shallow(module: T) -> T:
+    """Return a copy of a module that shares all that it holds."""
+    new = object.__new__(type(module))
+    vars(new).update(vars(module))
+    return new
+
+
+def _tree(layer: nn.Module) -> _Tree:
+    """Return those of a layer's modules that know the layer's number, or hold one that does, by name."""
+    return {
+        name: _tree(child)
+        for name, child in layer._modules.items()
+        if child is not None and any("layer_idx" in vars(inside) for inside in child.modules())
+    }
 
 
 def _at_targets(shell: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
