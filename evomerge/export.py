@@ -17,7 +17,7 @@ from evomerge.evaluation.request import Outcome
 from evomerge.evaluation.task import SPLITS, Task
 from evomerge.experiment import Experiment
 from evomerge.experiment.sources import leaf_of
-from evomerge.hops import passed_through, stack_of
+from evomerge.hops import origins, passed_through, stack_of
 from evomerge.ledger import Answered, Event
 from evomerge.models import mergekit
 from evomerge.models.anatomy import additions_of
@@ -25,7 +25,7 @@ from evomerge.models.checkpoint import Checkpoint
 from evomerge.models.materialize import materialize, statistics_for, without_scales
 from evomerge.models.resident import OnDisk
 from evomerge.models.save import save
-from evomerge.recipe import Recipe, depths_of, models_of, to_yaml
+from evomerge.recipe import Recipe, models_of, to_yaml
 from evomerge.run import Run
 from evomerge.spaces.proposals import baselines, recipe_of
 from evomerge.value import plain
@@ -122,7 +122,7 @@ def _write(
         "README.md": _card(experiment, run, recipe, number, beyond),
         **({MERGEKIT: theirs} if theirs else {}),
     }
-    depths = depths_of(recipe, owner.name) or None
+    depths = origins(recipe, template.depth)
     try:
         save(stream, template, staging, dtype=recipe.dtype, extra_files=files, depths=depths, replace=True)
         check = _check(experiment, staging, recorded)

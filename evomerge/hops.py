@@ -133,18 +133,42 @@ def passed_through(recipe: Recipe) -> Recipe:
     return replace(recipe, routes=tuple(routes))
 
 
-def path_of(recipe: Recipe) -> tuple[tuple[str, int, float], ...]:
+def path_of(recipe: Recipe, known: Stack | None = None) -> tuple[tuple[str, int, float], ...]:
     """Return what a recipe's hops do, in order: stacks that begin alike have equal beginnings; () for no stack.
 
     The first hop says what embeds, too.
+
+    Args:
+        recipe: any.
+        known: the stack that it is, where that is known.
     """
-    stack = stack_of(recipe)
+    stack = known or stack_of(recipe)
     if stack is None:
         return ()
     content = {source.name: source.recipe.digest if source.recipe else source.name for source in recipe.sources}
     path = [(content[hop.source], hop.layer, hop.scale) for hop in stack.hops]
     source, layer, scale = path[0]
     return ((f"{content[stack.embedding]} | {source}", layer, scale), *path[1:])
+
+
+def origins(recipe: Recipe, depth: int, known: Stack | None = None) -> list[int]:
+    """Return for each layer of a recipe the layer of the models in folders that it is of the kind of.
+
+    That of the hop's source in a stack, of the base or the first source in a blend; through sources that are recipes.
+
+    Args:
+        recipe: what is built.
+        depth: the number of layers of the models in folders.
+        known: the stack that it is, where that is known.
+    """
+    stack, owner = known or stack_of(recipe), recipe.base or recipe.sources[0]
+    models = {source.name: source for source in (*recipe.sources, owner)}
+    found = []
+    for k, given in enumerate(recipe.layers or range(depth)):
+        source = owner if stack is None else models[stack.hops[k].source]
+        layer = given if isinstance(given, int) else given[source.name]
+        found.append(layer if source.recipe is None else origins(source.recipe, depth)[layer])
+    return found
 
 
 def alike(one: Sequence[object], two: Sequence[object]) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from evomerge import __version__
 from evomerge.card import blended, model_card
 from evomerge.errors import InvalidInput, RecipeError
+from evomerge.hops import origins
 from evomerge.methods import method
 from evomerge.models import mergekit
 from evomerge.models.anatomy import additions_of
@@ -22,7 +23,7 @@ from evomerge.models.statistics import digest_of
 from evomerge.models.together import fitting, together
 from evomerge.models.vocabulary import Aligned
 from evomerge.operators.parts import PIECE, flat
-from evomerge.recipe import Blend, Recipe, Source, depths_of, models_of, read, to_yaml
+from evomerge.recipe import Blend, Recipe, Source, models_of, read, to_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,7 +153,7 @@ class OneOff:
             directory,
             dtype=self.recipe.dtype,
             extra_files=files,
-            depths=depths_of(self.recipe, owner) or None,
+            depths=origins(self.recipe, self.sources.depth),
         )
 
     def _stream(self, device: str, advance: Callable[[int], None]) -> Iterator[tuple[str, "Tensor"]]:

@@ -99,14 +99,12 @@ def _probes(run: Run) -> Sequence[RenderableType]:
     gains = gains_of(run.objectives, run.asked, run.told)
     if not gains:
         return []
-    table = Table(
-        "layer", title="Layer probes: change of the mean score", title_justify="left", box=box.SIMPLE
-    )
+    table = Table("layer", box=box.SIMPLE)
     for operation in gains:
         table.add_column(_PROBES.get(operation, operation), justify="right")
     for layer, own in enumerate(zip_longest(*gains.values())):
         table.add_row(str(layer), *("failed" if gain is None else f"{gain:+.3f}" for gain in own))
-    return [table]
+    return [Text("Layer probes: change of the mean score over the tasks", style="italic"), table]
 
 
 def _cost(run: Run) -> RenderableType:

@@ -19,11 +19,12 @@ from evomerge.fitness.registry import ESTIMATORS
 from evomerge.fitness.schedule import SCHEDULES, Fixed, Race
 from evomerge.genome import Choice, Real, Whole, active, from_unit
 from evomerge.methods import check
+from evomerge.models.architecture import renamed
 from evomerge.models.materialize import plan
 from evomerge.models.resident import OnDisk
 from evomerge.recipe import Blend, Route
 from evomerge.search import open_pool, reference
-from evomerge.spaces.blend import NONE, ParameterRange, Slot
+from evomerge.spaces.blend import NONE, BlendSpace, ParameterRange, Slot
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACES = sorted(path.stem for path in (ROOT / "search_spaces").glob("*.yaml"))
@@ -132,9 +133,12 @@ def test_every_shipped_space_decodes_to_recipes(name: str, tmp_path: Path) -> No
             methods.add(blend.method)
     steps = plan(recipe, sources.names, sources.depth)
 
-    assert {step.name for step in steps} == set(sources.names)
-    several = len(found.space.methods) != 1
-    assert (len(methods) > 1) == several
+    ends = {name for name in sources.names if ".layers." not in name}
+    first = [name for name in sources.names if ".layers.0." in name]
+    layers = {renamed(name, k) for k in range(len(recipe.layers)) for name in first}
+    assert {step.name for step in steps} == ends | layers
+    if isinstance(found.space, BlendSpace):  # a stack copies, and blends in a source of its own if at all
+        assert (len(methods) > 1) == (len(found.space.methods) != 1)
 
 
 def test_the_space_of_stages_counts_what_was_chosen(tmp_path: Path) -> None:

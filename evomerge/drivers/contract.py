@@ -1,7 +1,7 @@
 """What a driver is asked to solve, and the ask/tell contract that all drivers keep."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,8 @@ class Problem:
     `known` are genomes scored before the search proper (baselines, warm-up), in candidate order.
     `weights` are the objectives' weights for drivers that need one number; equal if left out. `start` is where the
     space says that a search begins, and `draw` gives the random genomes that it hopes most of; a driver that draws its
-    own even ones, or has a better start, may ignore them.
+    own even ones, or has a better start, may ignore them. `same` gives what two genomes have in common that are the
+    same candidate, beyond genes that do not count.
     """
 
     axes: tuple[Axis, ...]
@@ -29,6 +30,7 @@ class Problem:
     weights: tuple[float, ...] | None = None
     start: Genome | None = None
     draw: Callable[[np.random.Generator], Genome] | None = None
+    same: Callable[[Genome], Hashable] | None = None
 
     def __post_init__(self) -> None:
         check_axes(self.axes)

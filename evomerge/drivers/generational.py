@@ -1,7 +1,7 @@
 """Serves a population one candidate at a time, so that the order of results does not matter."""
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -9,9 +9,6 @@ import numpy as np
 from evomerge.drivers.contract import Problem, check_losses
 from evomerge.genome import Axis, Gene, Genome, Real, active, check_genome, from_unit
 from evomerge.objective import Losses
-
-#: A genome with the genes that do not count taken out: equal keys decode to equal recipes.
-Key = tuple[Gene | None, ...]
 
 #: How often a new genome is looked for by chance before the space counts as exhausted.
 DRAWS = 200
@@ -93,7 +90,8 @@ class Seen:
     """The genomes that a run has met; proposes new ones only.
 
     Genes of axes that are not active do not make a genome new, nor do differences of less than
-    a billionth of an axis, which the way to the unit cube and back can leave.
+    a billionth of an axis, which the way to the unit cube and back can leave. Where the problem knows of more genomes
+    that are the same candidate, they are one.
     """
 
     def __init__(
@@ -101,9 +99,11 @@ class Seen:
         axes: tuple[Axis, ...],
         genomes: Iterable[Genome] = (),
         draw: Callable[[np.random.Generator], Genome] | None = None,
+        same: Callable[[Genome], Hashable] | None = None,
     ) -> None:
         self._axes = axes
         self._drawn = draw
+        self._same = same
         self._keys = {self._key(genome) for genome in genomes}
 
     def add(self, genome: Genome) -> bool:
@@ -133,7 +133,9 @@ class Seen:
                 break
         return fresh
 
-    def _key(self, genome: Genome) -> Key:
+    def _key(self, genome: Genome) -> Hashable:
+        if self._same is not None:
+            return self._same(genome)
         counts = active(self._axes, genome)
         return tuple(
             (_coarse(axis, gene) if on else None) for axis, gene, on in zip(self._axes, genome, counts, strict=True)

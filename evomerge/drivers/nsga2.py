@@ -59,7 +59,7 @@ class _Evolution:
     def __init__(self, settings: Nsga2, problem: Problem) -> None:
         self._settings = settings
         self._problem = problem
-        self._seen = Seen(problem.axes, [genome for genome, _ in problem.known], problem.draw)
+        self._seen = Seen(problem.axes, [genome for genome, _ in problem.known], problem.draw, problem.same)
         self._population: Any = None
         self._told = 0  # genomes learned so far; the index of the next
         known = [(genome, loss, -1) for genome, loss in problem.known]
@@ -130,7 +130,9 @@ class _Evolution:
         )
         parents = self._population.get("X")[chosen].transpose(1, 0, 2)  # (2, pairs, axes)
         crossed = _cross(parents, self._problem.axes, self._settings, rng).reshape(-1, len(self._problem.axes))
-        return _mutate(crossed[:count], self._problem.axes, self._settings, rng)
+        children = _mutate(crossed[:count], self._problem.axes, self._settings, rng)
+        draw = self._problem.draw
+        return children if draw is None else [_hoped(child, draw(rng), self._problem.axes, rng) for child in children]
 
 
 def _cross(
@@ -179,6 +181,13 @@ def _gene(axis: Axis, before: float, after: float, redrawn: bool, pick: float) -
     old, new = axis.from_unit(before), axis.from_unit(after)
     step = new if new != old else old + (1 if after > before else -1)
     return min(max(step, axis.low), axis.high)
+
+
+def _hoped(child: Genome, drawn: Genome, axes: Sequence[Axis], rng: np.random.Generator) -> Genome:
+    """Return a child of which a gene or two, options and integers, are those of a genome that the space has drawn."""
+    steps = [i for i, axis in enumerate(axes) if not isinstance(axis, Real)]
+    taken = {i for i, u in zip(steps, rng.random(len(steps)), strict=True) if u * len(steps) < 1}
+    return tuple(drawn[i] if i in taken else gene for i, gene in enumerate(child))
 
 
 def _cube(problem: Problem) -> Any:

@@ -33,7 +33,7 @@ class _Uniform:
     def __init__(self, settings: Random, problem: Problem) -> None:
         self._settings = settings
         self._problem = problem
-        self._seen = Seen(problem.axes, [genome for genome, _ in problem.known])
+        self._seen = Seen(problem.axes, [genome for genome, _ in problem.known], same=problem.same)
 
     def propose(self, generation: int) -> list[Genome]:
         """Return new genomes; what the Sobol sequence repeats after rounding is drawn uniformly."""

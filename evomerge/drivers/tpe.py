@@ -52,7 +52,7 @@ class _Parzen:
         self._problem = problem
         self._names = [axis.name for axis in problem.axes]
         self._distributions = {axis.name: _distribution(axis) for axis in problem.axes}
-        self._seen = Seen(problem.axes, [genome for genome, _ in problem.known], problem.draw)
+        self._seen = Seen(problem.axes, [genome for genome, _ in problem.known], problem.draw, problem.same)
         self._scored: list[Losses] = []
         self._open: list[int] = []
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # optuna announces every study on stderr

@@ -1,9 +1,10 @@
 """Hidden states that stacks share: what the first hops made of a plan's texts is kept, and later stacks begin there.
 
 Stacks that begin with the same hops (source, layer, scale) make the same hidden states of the same batches, bit for
-bit. A trie of hops keeps them where stacks branch off, under a budget of bytes, least recently used out first. What is
-kept is for one plan as a whole: the states of every forward pass of it, in the order of the passes, and where answers
-are generated the keys and values of the hops that are left out.
+bit. A trie of hops keeps them where stacks branch off, under a budget of bytes, least recently used out first; while
+there is room, it also keeps what no stack is known to branch off from, which goes before all else. What is kept is for
+one plan as a whole: the states of every forward pass of it, in the order of the passes, and where answers are generated
+the keys and values of the hops that are left out.
 """
 
 from collections import OrderedDict
@@ -24,6 +25,9 @@ Asked = tuple[int, int]
 
 #: Keys and values of one hop for the tokens of a pass.
 Pair = tuple[Tensor, Tensor]
+
+#: The share of the budget below which there is room for what no stack is known to branch off from.
+ROOM = 0.9
 
 #: The most nodes of a trie, kept states or not.
 NODES = 1 << 16
@@ -92,6 +96,11 @@ class Prefixes:
         """Whether anything may be kept."""
         return self._budget > 0
 
+    @property
+    def roomy(self) -> bool:
+        """Whether there is room for what may be of use some day."""
+        return self.bytes < ROOM * self._budget
+
     def meet(self, path: Sequence[Key], asked: Asked) -> tuple[Entry | None, int]:
         """Return the deepest entry on a path for a plan, and how much of the path other stacks have begun with.
 
@@ -113,8 +122,15 @@ class Prefixes:
             self._order.move_to_end(id(found))
         return found, known
 
-    def keep(self, path: Sequence[Key], asked: Asked, entry: Entry) -> None:
-        """Keep an entry; the least recently used go until all that is kept fits the budget."""
+    def keep(self, path: Sequence[Key], asked: Asked, entry: Entry, wanted: bool = True) -> None:
+        """Keep an entry; the least recently used go until all that is kept fits the budget.
+
+        Args:
+            path: what was run.
+            asked: for which plan.
+            entry: what is kept.
+            wanted: whether stacks are known to branch off there; what is not wanted is the first to go.
+        """
         node = self._root
         for key in path[: entry.depth]:
             node = node.after.setdefault(key, _Node())
@@ -122,12 +138,22 @@ class Prefixes:
             self._drop(id(node.kept[asked]))
         node.kept[asked] = entry
         self._order[id(entry)] = node, asked
+        self._order.move_to_end(id(entry), last=wanted)
         for tensor in entry.tensors():
-            self._held[id(tensor)] = self._held.get(id(tensor), 0) + 1
-            self.bytes += tensor.nbytes if self._held[id(tensor)] == 1 else 0
-        while self.bytes > self._budget:
-            self._drop(next(iter(self._order)))
+            where = _where(tensor)
+            self._held[where] = self._held.get(where, 0) + 1
+            self.bytes += _size(tensor) if self._held[where] == 1 else 0
+        self.make_room(0)
         self.most = max(self.most, self.bytes)
+
+    def make_room(self, more: int) -> None:
+        """Forget the least recently used until so many bytes more would fit the budget, or nothing is left."""
+        while self._order and not self.fits(more):
+            self._drop(next(iter(self._order)))
+
+    def fits(self, more: int) -> bool:
+        """Tell whether so many bytes more fit the budget beside what is kept."""
+        return self.bytes + more <= self._budget
 
     def clear(self) -> None:
         """Forget everything."""
@@ -139,24 +165,52 @@ class Prefixes:
     def _drop(self, number: int) -> None:
         node, asked = self._order.pop(number)
         for tensor in node.kept.pop(asked).tensors():
-            self._held[id(tensor)] -= 1
-            if not self._held[id(tensor)]:
-                del self._held[id(tensor)]
-                self.bytes -= tensor.nbytes
+            where = _where(tensor)
+            self._held[where] -= 1
+            if not self._held[where]:
+                del self._held[where]
+                self.bytes -= _size(tensor)
+
+
+def _where(tensor: Tensor) -> int:
+    """Return where the memory is that a tensor keeps; keys and values may be views of one projection."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _size(tensor: Tensor) -> int:
+    """Return how much memory a tensor keeps."""
+    return tensor.untyped_storage().nbytes()
 
 
 class _Visit:
-    """One plan asked of one stack: where it begins, and what is gathered on the way for others."""
+    """One plan asked of one stack: where it begins, and what is gathered on the way for others.
 
-    def __init__(self, entry: Entry | None, keeps: Collection[int], pairs: bool) -> None:
+    Attributes:
+        entry: what is known of its first hops.
+        wanted: after how many hops others are known to branch off.
+        keeps: after how many hops states are gathered; fewer where they would not fit the budget.
+        bytes: the memory of what has been gathered.
+    """
+
+    def __init__(self, entry: Entry | None, wanted: Collection[int], keeps: Collection[int], pairs: bool) -> None:
         self.entry = entry
         self.start = 0 if entry is None else entry.depth
-        self.keeps = frozenset(keeps)
-        self.deepest = max(keeps, default=0)
+        self.wanted, self.keeps = frozenset(wanted), set(keeps)
         self.wants_pairs = pairs
         self.passes = -1
         self.states: dict[int, list[Tensor]] = {depth: [] for depth in keeps}
         self.pairs: list[list[Pair]] = []
+        self.bytes = 0
+
+    @property
+    def deepest(self) -> int:
+        """After how many hops nothing more is gathered."""
+        return max(self.keeps, default=0)
+
+    def leave_out(self, depth: int) -> None:
+        """Gather nothing more at a depth, and forget what was."""
+        self.keeps.discard(depth)
+        self.bytes -= sum(_size(state) for state in self.states.pop(depth, ()))
 
 
 class Course:
@@ -187,8 +241,9 @@ class Course:
         entry, known = self._prefixes.meet(self._path, asked)
         start = 0 if entry is None else entry.depth
         wanted = {*self.branches, *([known] if known < len(self._path) else [])}
-        keeps = {depth for depth in wanted if start < depth <= len(self._path)}
-        self._visit = visit = _Visit(entry, keeps, plan.generates)
+        spare = range(start + 1, len(self._path) + 1) if self._prefixes.roomy else ()
+        keeps = {depth for depth in (*wanted, *spare) if start < depth <= len(self._path)}
+        self._visit = visit = _Visit(entry, wanted, keeps, plan.generates)
         try:
             yield
             for depth in sorted(visit.keeps) if self._visit is visit else ():
@@ -198,7 +253,8 @@ class Course:
                     states=tuple(visit.states[depth]),
                     pairs=tuple(tuple(own[:depth]) for own in visit.pairs) if visit.wants_pairs else (),
                 )
-                self._prefixes.keep(self._path, asked, found)
+                visit.leave_out(depth)
+                self._prefixes.keep(self._path, asked, found, depth in wanted)
         finally:
             self._visit = None
 
@@ -221,8 +277,11 @@ class Course:
                 before = visit.entry.pairs[visit.passes] if visit.entry is not None else ()
                 visit.pairs.append(list(before))
                 if cache is not None:
-                    own = (cache.layers[hop].own() for hop in range(visit.start, visit.deepest))
+                    own = [cache.layers[hop].own() for hop in range(visit.start, visit.deepest)]
                     visit.pairs[-1].extend(own)
+                    memory = {_where(tensor): _size(tensor) for pair in own for tensor in pair}
+                    visit.bytes += sum(memory.values())
+                    self._spare()
         finally:
             self._feeding, self._cache = False, None
 
@@ -230,7 +289,7 @@ class Course:
         """Run everything from the start from now on; what was kept is forgotten, as there is too little memory."""
         self._prefixes.clear()
         if self._visit is not None:
-            self._visit = _Visit(None, (), False)
+            self._visit = _Visit(None, (), (), False)
 
     # What the hops call.
 
@@ -256,3 +315,22 @@ class Course:
         visit = self._visit
         if visit is not None and self._feeding and hop + 1 in visit.keeps:
             visit.states[hop + 1].append(hidden)
+            visit.bytes += _size(hidden)
+            self._spare()
+
+    def _spare(self) -> None:
+        """Keep what is gathered within the budget: first at the cost of what nobody is known to want, deepest first."""
+        visit = self._visit
+        if visit is None or self._prefixes.fits(visit.bytes):
+            return
+        for depth in sorted(visit.keeps - visit.wanted, reverse=True):
+            visit.leave_out(depth)
+            if self._prefixes.fits(visit.bytes):
+                return
+        self._prefixes.make_room(visit.bytes)
+        for depth in sorted(visit.keeps, reverse=True):
+            if self._prefixes.fits(visit.bytes):
+                return
+            visit.leave_out(depth)
+        if not self._prefixes.fits(visit.bytes):
+            visit.pairs, visit.wants_pairs, visit.bytes = [], False, 0

@@ -4,12 +4,12 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from evomerge.errors import ExperimentError, nearest
+from evomerge.errors import ExperimentError, ModelError, nearest
 from evomerge.evaluation import Task
 from evomerge.experiment.entries import EditsEntry, ExperimentFile, HybridEntry, PathEntry, SakanaEntry
 from evomerge.experiment.sources import Models
 from evomerge.hops import Hop
-from evomerge.models.architecture import place
+from evomerge.models.architecture import place, split
 from evomerge.models.checkpoint import check_stackable
 from evomerge.recipe import Source, copy_of
 from evomerge.spaces.blend import BlendSpace
@@ -35,7 +35,13 @@ def stackable(models: Models, trust_remote_code: bool) -> "Anatomy":
     from evomerge.models.anatomy import anatomy_of  # transformers behind it is slow to start
 
     check_stackable(models.checkpoints)
-    return anatomy_of(models.template, trust_remote_code)
+    found = anatomy_of(models.template, trust_remote_code)
+    inside = {parts[2] for name in models.checkpoint.names if (parts := split(name)) is not None}
+    missing = min(found.parameters - inside, default=None)
+    if missing is not None:
+        why = "transformers makes it of others when it loads them, so layers cannot be taken from the files as they are"
+        raise ModelError(f"{models.template}: its files have no tensor for {missing!r} of a layer: {why}")
+    return found
 
 
 def path_space(entry: PathEntry, models: Models, anatomy: "Anatomy", dtype: str) -> PathSpace:

@@ -40,6 +40,7 @@ class Anatomy:
             layer, each with what it is stored without (1 where a norm multiplies by 1 + weight). Empty where scales
             cannot be folded.
         unscalable: why scales cannot be folded; empty where they can.
+        parameters: the names of all parameters within a layer of some kind.
         returned: how many things a layer returns as a tuple, hidden states first; 0 where it returns them alone.
     """
 
@@ -48,6 +49,7 @@ class Anatomy:
     additions: Mapping[str, float]
     unscalable: str = ""
     returned: int = 0
+    parameters: frozenset[str] = frozenset()
 
 
 @lru_cache(maxsize=16)
@@ -81,7 +83,12 @@ def anatomy_of(folder: Path, trust_remote_code: bool = False) -> Anatomy:
         raise ModelError(f"{folder}: layers of {kind} cannot be stacked: {why}")
     additions, unscalable = _additions(seen)
     return Anatomy(
-        layers=path, kinds=kinds, additions=additions, unscalable=unscalable, returned=seen[0].returned
+        layers=path,
+        kinds=kinds,
+        additions=additions,
+        unscalable=unscalable,
+        returned=seen[0].returned,
+        parameters=frozenset(name for one in seen for name, _ in one.layer.named_parameters()),
     )
 
 

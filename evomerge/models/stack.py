@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.errors import CandidateError, ModelError
-from evomerge.hops import Hop, Stack, path_of, stack_of
+from evomerge.hops import Hop, Stack, origins, path_of, stack_of
 from evomerge.models.anatomy import Anatomy, anatomy_of, list_of_layers
-from evomerge.models.architecture import is_head, place, split
+from evomerge.models.architecture import is_head, place, renamed, split
 from evomerge.models.materialize import Blueprint
 from evomerge.models.resident import Sources
 from evomerge.operators.parts import Statistic, no_statistics
@@ -128,25 +128,41 @@ class Stacks:
         if stack is None:
             raise CandidateError("the recipe has scales and is no stack of layers as they are")
         models = {source.name: source for source in recipe.sources}
+        self._check(stack, models)
         self._last, self._now = self._now, {}
-        live = LiveStack(stack, path_of(recipe))
-        layers = [self._layer(models[hop.source], hop.layer, statistic) for hop in stack.hops]
-        hops = nn.ModuleList(self._hop(live, k, hop, layers[k]) for k, hop in enumerate(stack.hops))
-        live.model = self._assembled(
-            hops, [hop.layer for hop in stack.hops], self._end(models[stack.embedding], "embedding", statistic)
-            | self._end(models[stack.head], "head", statistic),
-        )  # fmt: skip
+        live = LiveStack(stack, path_of(recipe, stack))
+        kinds = origins(recipe, self._sources.depth, stack)
+        layers = [
+            self._layer(models[hop.source], hop.layer, kind, statistic)
+            for hop, kind in zip(stack.hops, kinds, strict=True)
+        ]
+        hops = nn.ModuleList(self._hop(live, k, hop, layers[k], kinds[k]) for k, hop in enumerate(stack.hops))
+        ends = self._end(models[stack.embedding], "embedding", statistic)
+        live.model = self._assembled(hops, kinds, ends | self._end(models[stack.head], "head", statistic))
         return live
+
+    def _check(self, stack: Stack, models: Mapping[str, Source]) -> None:
+        """Refuse layers that their source does not have, as `plan` does."""
+        depth = self._sources.depth
+        depths = {
+            name: depth if source.recipe is None else len(source.recipe.layers) or depth
+            for name, source in models.items()
+        }
+        for k, hop in enumerate(stack.hops):
+            if not 0 <= hop.layer < depths[hop.source]:
+                raise CandidateError(
+                    f"hop {k} takes layer {hop.layer} of {hop.source}, which has {depths[hop.source]} layers"
+                )
 
     # Layers.
 
-    def _layer(self, source: Source, layer: int, statistic: Statistic) -> nn.Module:
-        """Return a source's layer as a module with its tensors."""
-        if not 0 <= layer < len(self._bones):
-            raise CandidateError(f"layer {layer} of {source.name} is none of its {len(self._bones)} layers")
+    def _layer(self, source: Source, layer: int, kind: int, statistic: Statistic) -> nn.Module:
+        """Return a source's layer, of the kind that a layer of the folders has, as a module with its tensors."""
+
         def make() -> nn.Module:
-            names, read = self._names[layer], self._reader(source, statistic)
-            found: nn.Module = rebuilt(self._bones[layer], lambda own: read(names[own]) if own in names else None)
+            read = self._reader(source, statistic)
+            names = {own: renamed(name, layer) for own, name in self._names[kind].items()}
+            found: nn.Module = rebuilt(self._bones[kind], lambda own: read(names[own]) if own in names else None)
             return found
 
         return self._kept(source, layer, make)
@@ -190,9 +206,9 @@ class Stacks:
 
     # The model.
 
-    def _hop(self, live: LiveStack, place_: int, hop: Hop, layer: nn.Module) -> nn.Module:
+    def _hop(self, live: LiveStack, place_: int, hop: Hop, layer: nn.Module, kind: int) -> nn.Module:
         """Return a layer as one hop: with a slot of its own among keys and values, its scale, and the watch."""
-        found = _numbered(layer, place_, self._trees[hop.layer])
+        found = _numbered(layer, place_, self._trees[kind])
         forward = type(found).forward.__get__(found)
         returned = self.anatomy.returned
 
@@ -210,16 +226,16 @@ class Stacks:
         vars(found)["forward"] = run
         return found
 
-    def _assembled(self, hops: nn.ModuleList, depths: list[int], ends: Mapping[str, Tensor]) -> Any:
+    def _assembled(self, hops: nn.ModuleList, kinds: list[int], ends: Mapping[str, Tensor]) -> Any:
         """Return the shell with these hops and these ends; its config says how many and of which kinds they are."""
         config = copy.copy(self._shell.config)
         text = config.get_text_config()
         if text is not config:
             text = copy.copy(text)
             vars(config)["text_config"] = text
-        text.num_hidden_layers = len(depths)
+        text.num_hidden_layers = len(kinds)
         if self.anatomy.kinds:
-            vars(text)["layer_types"] = [self.anatomy.kinds[depth] for depth in depths]
+            vars(text)["layer_types"] = [self.anatomy.kinds[kind] for kind in kinds]
         configs = {id(self._shell.config): config, id(self._shell.config.get_text_config()): text}
         tensors = _at_targets(self._shell, ends)
 

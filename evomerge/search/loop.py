@@ -103,6 +103,7 @@ class Search:
                 weights=tuple(objective.weight for objective in experiment.objectives),
                 start=experiment.space.start,
                 draw=partial(experiment.space.sample, prior=self._prior) if experiment.stacked else None,
+                same=(lambda genome: experiment.space.decode(genome).digest) if experiment.stacked else None,
             )
         )
         first = len(self._book.asked)

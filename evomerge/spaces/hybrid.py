@@ -11,7 +11,7 @@ from evomerge.genome import Axis, Genome, check_axes, check_genome, from_unit
 from evomerge.hops import Hop, recipe_of
 from evomerge.recipe import Recipe, Source
 from evomerge.spaces.blend import BlendSpace
-from evomerge.spaces.stack import NONE, Edits, Prior
+from evomerge.spaces.stack import NONE, Edits, Prior, check_names
 from evomerge.value import value
 
 #: What the blend is called among the sources of a stack.
@@ -38,6 +38,9 @@ class HybridSpace:
         if self.edits.primary != BLEND:
             raise RecipeError(f"the primary source of a hybrid space is {BLEND!r}, not {self.edits.primary!r}")
         check_axes(self.axes)
+        check_names(self.edits, [BLEND, *(source.name for source in self.blend.sources)])
+        if self.edits.depth != self.blend.depth:
+            raise RecipeError(f"edits are of {self.edits.depth} layers, but the blend has {self.blend.depth} layers")
 
     @property
     def sources(self) -> tuple[Source, ...]:

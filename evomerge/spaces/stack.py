@@ -1,5 +1,6 @@
 """The space of layer stacks: which source's which layer comes next, how often, and scaled by how much."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from functools import cached_property
@@ -41,9 +42,10 @@ class Steps:
     step: float
 
     def __post_init__(self) -> None:
-        if not self.step > 0 or not 0 < self.low <= 1 <= self.high:
+        if not self.step > 0 or not 0 < self.low <= 1 <= self.high < math.inf:
             raise RecipeError(f"scales must have a step above 0 and bounds around 1, above 0, got {self}")
-        if any(abs(edge / self.step - round(edge / self.step)) > 1e-9 for edge in (self.low, self.high, 1.0)):
+        steps = [edge / self.step for edge in (self.low, self.high, 1.0)]
+        if self.step > 1 or any(abs(count - round(count)) > 1e-9 for count in steps):
             raise RecipeError(f"low, high and 1 must be whole multiples of the step of scales, got {self}")
 
     def axis(self, name: str, condition: ActiveIf) -> Whole:
@@ -104,6 +106,12 @@ class Edits:
         for hop in self.incumbent:
             if hop.source not in self.names or not 0 <= hop.layer < self.depth:
                 raise RecipeError(f"incumbent: no source has layer {hop.layer} of {hop.source!r}")
+        for name in self.names if self.matches else ():
+            known = self.matches.get(name, ((), ()))
+            if any(len(own) != self.depth or not all(0 < size < math.inf for size in own) for own in known):
+                raise RecipeError(f"sizes: {name!r} needs what its {self.depth} layers return and take, all above 0")
+        if self.least < 1:
+            raise RecipeError(f"depth: a stack has a layer or more, got {self.least}")
         start = self.begin
         if not self.least <= len(start) <= self.most:
             raise RecipeError(
@@ -314,6 +322,9 @@ class PathSpace:
     base: Source | None = None
     probed: bool = True
 
+    def __post_init__(self) -> None:
+        check_names(self.edits, [source.name for source in self.sources])
+
     @property
     def depth(self) -> int:
         """The number of layers of every source."""
@@ -476,6 +487,17 @@ class SakanaSpace:
 SAKANA_SIGMA = 0.1
 
 
+def check_names(edits: Edits, known: Sequence[str]) -> None:
+    """Refuse edits that take layers of what is no source.
+
+    Raises:
+        RecipeError: with the nearest name.
+    """
+    for name in edits.names:
+        if name not in known:
+            raise RecipeError(f"edits take layers of {name!r}, which is no source; {nearest(name, known)}")
+
+
 def blended(
     sources: tuple[Source, ...],
     base: Source | None,
@@ -500,6 +522,8 @@ def prior_of(gains: Mapping[str, Sequence[float | None]]) -> Prior:
     """
     found: dict[str, tuple[float, ...]] = {}
     for operation, own in gains.items():
+        if not own:
+            continue
         worst = min((gain for gain in own if gain is not None), default=0.0)
         full = np.array([worst if gain is None else gain for gain in own])
         spread = float(full.std()) or 1.0

@@ -1,4 +1,4 @@
-"""The tiny model family of the quickstart: one base, three experts fine-tuned from it, and the tasks they differ in.
+"""The tiny model families of the quickstarts: a base, three experts fine-tuned from it, and tasks they differ in.
 
 `build` makes all of it from a seed; the copy under ``experiments/zoo`` and ``fitness/zoo`` was made by it.
 """
@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from evomerge.errors import InvalidInput
-from evomerge.zoo.family import COURSES, Course, build_models
+from evomerge.zoo.family import FAMILIES, Course, Family, build_models
 from evomerge.zoo.items import SUBJECTS, make_rows, write_task
 
-__all__ = ["COURSES", "SUBJECTS", "Course", "build"]
+__all__ = ["FAMILIES", "SUBJECTS", "Course", "Family", "build"]
 
 QUICK_STEPS = 3  # enough to exercise every line, far too few to learn anything
 
@@ -22,10 +22,10 @@ def _silent(line: str) -> None:
 
 
 def build(directory: Path, seed: int, say: Callable[[str], None] = _silent, *, quick: bool = False) -> None:
-    """Builds the family: ``models/<name>/`` for transformers and ``tasks/<task>.yaml`` with its items.
+    """Builds the families: ``models/<name>/`` and ``deep/<name>/`` for transformers, ``tasks/<task>.yaml`` with items.
 
-    The same seed gives the same bytes on one machine and one version of torch. The whole takes about a
-    minute and a half on one core.
+    The same seed gives the same bytes on one machine and one version of torch. The whole takes about five minutes on
+    one core.
 
     Args:
         directory: Where to write; made if it is missing, and files of an earlier build are replaced.
@@ -43,4 +43,5 @@ def build(directory: Path, seed: int, say: Callable[[str], None] = _silent, *, q
         write_task(directory / "tasks", task, items, f"{task}.jsonl")
         say(f"{task}: {len(items)} items")
     held_out = frozenset(str(row["prompt"]) for items in rows.values() for row in items)
-    build_models(directory / "models", seed, held_out, say, steps=QUICK_STEPS if quick else None)
+    for name, family in FAMILIES.items():
+        build_models(directory / name, family, seed, held_out, say, steps=QUICK_STEPS if quick else None)

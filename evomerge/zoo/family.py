@@ -1,4 +1,4 @@
-"""The models of the tiny family: a Llama of about 0.2 M parameters, its tokenizer, and how they are trained."""
+"""The models of the tiny families: Llamas of 0.2 or 0.3 M parameters, their tokenizer, and how they are trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-HIDDEN, INTERMEDIATE, LAYERS, HEADS = 64, 172, 4, 4
+HIDDEN, INTERMEDIATE, HEADS = 64, 172, 4
 POSITIONS = 64
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 PAD, BOS, EOS, UNK = range(4)
@@ -28,8 +28,18 @@ IGNORED = -100  # transformers' label for positions without loss
 class Course:
     """What a model of the family is trained on, for how many steps, and at which peak learning rate.
 
-    The base learns the three easier difficulties of every task; an expert learns all five of its own, and forgets some
-    of the rest. They differ in steps and rate, so that their task vectors differ in length and no one weight suits all.
+    The base learns the three easier difficulties of every task; an expert learns all five of its own. They differ in
+    steps and rate, so that their task vectors differ in length and no one weight suits all.
+
+    Attributes:
+        shares: Weight of each task in the lessons.
+        steps: Number of steps.
+        rate: Peak learning rate.
+        difficulties: Those that are taught.
+        batch: Lessons per step.
+        free: Layers that learn; all else, embedding and head included, stays as it was. None: everything learns.
+        skip: Probability that a layer is left out of a step (Fan 2020, LayerDrop), so that the model works without it.
+        replay: Probability that a lesson is drawn as the base's are.
     """
 
     shares: Mapping[str, float]
@@ -37,6 +47,17 @@ class Course:
     rate: float
     difficulties: Sequence[int] = DIFFICULTIES
     batch: int = 64
+    free: Collection[int] | None = None
+    skip: float = 0.0
+    replay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Models of one depth: a base and its experts, each with its course; the base comes first."""
+
+    layers: int
+    courses: Mapping[str, Course]
 
 
 COURSES: Mapping[str, Course] = {
@@ -46,6 +67,26 @@ COURSES: Mapping[str, Course] = {
     "arithmetic": Course(shares={"arithmetic": 1}, steps=650, rate=1.2e-3),
     "strings": Course(shares={"strings": 1}, steps=350, rate=1e-3),
     "cipher": Course(shares={"cipher": 1}, steps=250, rate=1e-3),
+}
+
+
+DEEP: Mapping[str, Course] = {
+    "base": Course(
+        shares={"arithmetic": 0.65, "strings": 0.2, "cipher": 0.15},
+        difficulties=(1, 2, 3),
+        steps=2000,
+        rate=4e-3,
+        skip=0.12,
+    ),
+    "arithmetic": Course(shares={"arithmetic": 1}, steps=2000, rate=4e-3, free=(3, 4, 5), skip=0.05, replay=0.4),
+    "strings": Course(shares={"strings": 1}, steps=600, rate=1.5e-3, free=(0, 1), skip=0.2, replay=0.3),
+    "cipher": Course(shares={"cipher": 1}, steps=600, rate=3e-3, free=(0, 1, 2), skip=0.1, replay=0.3),
+}
+
+#: The family that is merged in the quickstart, whose experts forget, and the one whose layers are stacked.
+FAMILIES: Mapping[str, Family] = {
+    "models": Family(layers=4, courses=COURSES),
+    "deep": Family(layers=6, courses=DEEP),
 }
 
 
@@ -72,8 +113,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(seed: int) -> LlamaForCausalLM:
-    """Makes an untrained model in float32 whose weights depend on `seed` alone."""
+def make_model(seed: int, layers: int) -> LlamaForCausalLM:
+    """Makes an untrained model in float32 whose weights depend on `seed` and depth alone."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -81,7 +122,7 @@ def make_model(seed: int) -> LlamaForCausalLM:
         vocab_size=len(VOCABULARY),
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         max_position_embeddings=POSITIONS,
@@ -101,32 +142,69 @@ def make_model(seed: int) -> LlamaForCausalLM:
 
 
 def train(
-    model: LlamaForCausalLM, course: Course, seed: int, name: str, held_out: Collection[str], say: Callable[[str], None]
+    model: LlamaForCausalLM,
+    course: Course,
+    base: Course,
+    seed: int,
+    name: str,
+    held_out: Collection[str],
+    say: Callable[[str], None],
 ) -> None:
     """Trains `model` in place, with AdamW, a short warm-up and a linear decay, on answers only.
 
-    The same model, course, seed and name give the same weights on one machine.
+    The same model, courses, seed and name give the same weights on one machine.
+
+    Args:
+        model: What is trained.
+        course: How.
+        base: The course whose lessons are replayed.
+        seed: Seed of the lessons and of the layers that are left out.
+        name: What the streams of random numbers are called.
+        held_out: Prompts that are in no lesson.
+        say: Called with one line of progress at a time.
     """
     import torch
 
-    rng = random.Random(f"{seed}/course/{name}")
-    weights = list(model.parameters())
+    rng, depth = random.Random(f"{seed}/course/{name}"), random.Random(f"{seed}/depth/{name}")
+    layers = model.model.layers
+    if course.free is not None:
+        model.requires_grad_(False)
+        for place in course.free:
+            layers[place].requires_grad_(True)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=course.rate, betas=(0.9, 0.99), weight_decay=0.01)
     warmup = max(1, course.steps // 20)
     model.train()
     for step in range(course.steps):
         for group in optimizer.param_groups:
             group["lr"] = course.rate * min((step + 1) / warmup, (course.steps - step) / (course.steps - warmup + 1))
-        lessons = [draw_lesson(rng, course.shares, course.difficulties, held_out) for _ in range(course.batch)]
+        lessons = [_draw(rng, course, base, held_out) for _ in range(course.batch)]
         ids, mask, labels = lesson_tensors(lessons)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        model.model.layers = torch.nn.ModuleList(layers[place] for place in draw_depth(depth, course, len(layers)))
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0 or step + 1 == course.steps:
             say(f"{name}: step {step + 1} of {course.steps}, loss {loss.item():.3f}")
+    model.model.layers = layers
     model.eval()
+
+
+def _draw(rng: random.Random, course: Course, base: Course, held_out: Collection[str]) -> tuple[str, str]:
+    """Draws a lesson of a course, or one of the base's that is replayed."""
+    taught = base if course.replay and rng.random() < course.replay else course
+    return draw_lesson(rng, taught.shares, taught.difficulties, held_out)
+
+
+def draw_depth(rng: random.Random, course: Course, depth: int) -> list[int]:
+    """Draws the layers of one step: each is skipped with the probability of the course, but not all that learn."""
+    free = range(depth) if course.free is None else course.free
+    while True:
+        kept = [place for place in range(depth) if rng.random() >= course.skip]
+        if any(place in free for place in kept):
+            return kept
 
 
 def lesson_tensors(lessons: Collection[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -145,12 +223,19 @@ def lesson_tensors(lessons: Collection[tuple[str, str]]) -> tuple[torch.Tensor, 
 
 
 def build_models(
-    directory: Path, seed: int, held_out: Collection[str], say: Callable[[str], None], *, steps: int | None = None
+    directory: Path,
+    family: Family,
+    seed: int,
+    held_out: Collection[str],
+    say: Callable[[str], None],
+    *,
+    steps: int | None = None,
 ) -> None:
     """Trains the base and, each from the base as it was written, the experts; writes one folder per model.
 
     Args:
         directory: Folder of the models.
+        family: What is trained.
         seed: Seed of the initial weights and of the lessons.
         held_out: Prompts that are in no lesson.
         say: Called with one line of progress at a time.
@@ -162,11 +247,12 @@ def build_models(
     torch.set_num_threads(1)  # the order of the sums in a matrix product, and so the weights, depends on it
     try:
         base: dict[str, torch.Tensor] = {}
-        for name, course in COURSES.items():
-            model = make_model(seed)
+        first = next(iter(family.courses.values()))
+        for name, course in family.courses.items():
+            model = make_model(seed, family.layers)
             if base:
                 model.load_state_dict(base)
-            train(model, course if steps is None else replace(course, steps=steps), seed, name, held_out, say)
+            train(model, course if steps is None else replace(course, steps=steps), first, seed, name, held_out, say)
             save_model(model.to(torch.bfloat16), directory / name)
             base = base or model.state_dict()
     finally:

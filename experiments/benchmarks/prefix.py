@@ -6,7 +6,7 @@ generate (only prompts are spared). The ledgers must be equal up to timing and c
 one batch; tokens count the same in tokens. Building a stack is timed on a random Llama of 32 layers, as a ratio to a
 plain copy of the bytes that it would otherwise be written from.
 
-    python experiments/benchmarks/prefix.py [--candidates 200] [--items 80] [--json]
+    python experiments/benchmarks/prefix.py [--candidates 480] [--items 80] [--json]
 """
 
 import argparse
@@ -38,7 +38,7 @@ MILLISECONDS = 2.0
 def main() -> int:
     """Run all four searches, print the table, and return 1 if a ledger differs or too little is spared."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--candidates", type=int, default=200)
+    parser.add_argument("--candidates", type=int, default=480)
     parser.add_argument("--items", type=int, default=80, help="items of each task that a candidate is asked")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args()

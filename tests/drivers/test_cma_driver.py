@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from evomerge.drivers import Cma, Problem
 from evomerge.drivers.cma import _reflect, _unreflect
-from evomerge.genome import Real, Whole
+from evomerge.genome import Choice, Real, Whole
 
 CUBE = tuple(Real(name=f"x{i}", low=0, high=1) for i in range(5))
 
@@ -74,6 +74,42 @@ def test_starts_at_the_best_known():
     driver = Cma(sigma=0.01).start(Problem(axes=CUBE, objectives=2, seed=0, known=known))
 
     assert np.array([driver.ask() for _ in range(8)]) == pytest.approx(np.full((8, 5), 0.8), abs=0.06)
+
+
+@pytest.mark.parametrize("start", [(0.3,) * 5, (0.0, 0.25, 0.5, 0.75, 1.0)])
+def test_starts_where_the_space_begins(start):
+    """The first generation lies around the start that a space has, also where a better genome is known."""
+    known = (((0.8,) * 5, (0.0,)),)
+    for more in ({}, {"known": known}):
+        driver = Cma(sigma=0.01).start(Problem(axes=CUBE, objectives=1, seed=0, start=start, **more))
+        assert np.array([driver.ask() for _ in range(8)]) == pytest.approx(np.tile(start, (8, 1)), abs=0.06)
+
+
+def test_a_start_counts_by_its_cells():
+    """On logarithmic, whole and categorical axes, and on one axis alone, a narrow first generation is the start."""
+    axes = (
+        Real(name="x", low=0.01, high=100, log=True),
+        Whole(name="k", low=0, high=9),
+        Choice(name="c", options=("a", "b", "c", "d")),
+    )
+    driver = Cma(sigma=0.005).start(Problem(axes=axes, objectives=1, seed=0, start=(1.0, 7, "d")))
+    found = [driver.ask() for _ in range(7)]
+
+    # half a cell is ten deviations or more; a deviation of the logarithm is 0.005 of four decades
+    assert {genome[1:] for genome in found} == {(7, "d")}
+    assert [np.log10(genome[0]) for genome in found] == pytest.approx([0.0] * 7, abs=0.1)
+    alone = Cma(sigma=0.005).start(Problem(axes=CUBE[:1], objectives=1, seed=0, start=(0.9,)))
+    assert [alone.ask()[0] for _ in range(6)] == pytest.approx([0.9] * 6, abs=0.03)
+
+
+def test_random_genomes_are_its_own():
+    """What a space would draw changes nothing: the distribution is what genomes are drawn from."""
+    runs = [
+        search(Cma().start(Problem(axes=CUBE, objectives=1, seed=0, draw=draw)), lambda g: (sum(g),), 20)
+        for draw in (None, lambda rng: (0.5,) * 5)
+    ]
+
+    assert (runs[0] == runs[1]).all()
 
 
 def test_restarts_when_converged():

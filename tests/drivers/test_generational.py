@@ -5,7 +5,7 @@ import pytest
 
 from evomerge.drivers import Generational, Problem
 from evomerge.drivers.generational import Seen, generator, latin
-from evomerge.genome import ActiveIf, Choice, Real, Whole
+from evomerge.genome import ActiveIf, Choice, Real, Whole, from_unit
 
 AXES = (Whole(name="k", low=0, high=99),)
 GATED = (
@@ -99,6 +99,51 @@ def test_draw_exhausts_a_finite_space():
 
     assert sorted(drawn) == [(k,) for k in range(9) if k != 4]
     assert seen.draw(np.random.default_rng(1), 1) == []
+
+
+def test_without_a_space_that_draws_random_genomes_are_a_latin_hypercube():
+    """New genomes are the points of the hypercube of that generator, as long as none of them is known."""
+    axes = tuple(Real(name=f"x{i}", low=-1, high=3) for i in range(3))
+    points = latin(np.random.default_rng(5), 9, 3)
+
+    assert Seen(axes).draw(np.random.default_rng(5), 9) == [from_unit(axes, point) for point in points]
+
+
+def test_random_genomes_are_those_that_a_space_draws():
+    """They come from it alone, from the generator that was given; what it draws again or is known is left out."""
+    drawn = []
+
+    def draw(rng):
+        drawn.append((int(rng.integers(7)) * 3,))
+        return drawn[-1]
+
+    seen = Seen(AXES, [(9,)], draw)
+    found = seen.draw(np.random.default_rng(2), 4)
+
+    rng, expected = np.random.default_rng(2), []
+    while len(expected) < 4:
+        genome = (int(rng.integers(7)) * 3,)
+        if genome not in [(9,), *expected]:
+            expected.append(genome)
+    assert found == expected
+    # all multiples of 3 to 18 but 9: there are six
+    assert sorted(found + seen.draw(rng, 10)) == [(k,) for k in (0, 3, 6, 12, 15, 18)]
+    assert seen.draw(rng, 1) == []
+
+
+def test_genes_that_do_not_count_do_not_make_a_drawn_genome_new():
+    """A space that draws one model in two guises gives it once."""
+    seen = Seen(GATED, draw=lambda rng: ("linear", float(rng.random())))
+
+    assert len(seen.draw(np.random.default_rng(0), 3)) == 1
+
+
+def test_genomes_of_one_candidate_are_one():
+    """What a problem calls the same is met once, and nothing else counts."""
+    seen = Seen(AXES, [(14,)], same=lambda genome: genome[0] // 10)
+
+    assert [seen.add((k,)) for k in (15, 20, 29, 9, 0, 30)] == [False, True, False, True, False, True]
+    assert sorted(k // 10 for (k,) in seen.draw(np.random.default_rng(0), 99)) == [4, 5, 6, 7, 8, 9]
 
 
 def test_latin_hypercube_has_one_point_per_slice():

@@ -5,7 +5,7 @@ import pytest
 
 from evomerge import pareto
 from evomerge.drivers import Nsga2, Problem
-from evomerge.drivers.nsga2 import _cross, _mutate
+from evomerge.drivers.nsga2 import _cross, _hoped, _mutate
 from evomerge.genome import Choice, Real, Whole, to_unit
 
 AXES = (
@@ -150,3 +150,57 @@ def test_known_candidates_are_filled_up():
     driver = Nsga2(population=10).start(Problem(axes=axes, objectives=1, seed=0, known=known))
 
     assert [driver.ask() is None for _ in range(4)] == [False, False, False, True]
+
+
+CORNERS = tuple(Real(name=f"x{i}", low=0, high=1) for i in range(6))
+
+
+def corner(rng):
+    """Draw a genome of quarters and three quarters."""
+    return tuple(rng.choice([0.25, 0.75], size=len(CORNERS)).tolist())
+
+
+def test_the_first_population_is_what_the_space_draws():
+    """Random genomes are those of the space, as many as known ones leave room for; children may be others."""
+    known = tuple(((0.5,) * 6, (float(k), float(-k))) for k in range(3))
+    for given in ((), known):
+        driver = Nsga2(population=10).start(Problem(axes=CORNERS, objectives=2, seed=0, known=given, draw=corner))
+        first = [driver.ask() for _ in range(10 - len(given))]
+        assert driver.ask() is None
+        assert {gene for genome in first for gene in genome} == {0.25, 0.75}
+        for index, genome in enumerate(first):
+            driver.tell(index, genome, (genome[0] + sum(genome), -sum(genome)))
+        assert not {gene for genome in [driver.ask() for _ in range(10)] for gene in genome} <= {0.25, 0.75}
+
+
+def test_the_space_is_asked_again_where_a_whole_population_failed():
+    """Without anyone to breed from, the next generation is drawn too, and is new."""
+    driver = Nsga2(population=8).start(Problem(axes=CORNERS, objectives=2, seed=0, draw=corner))
+    found = []
+    for index in range(24):
+        found.append(driver.ask())
+        driver.tell(index, found[-1], None)
+
+    assert {gene for genome in found for gene in genome} == {0.25, 0.75}
+    assert len(set(found)) == 24
+
+
+def test_without_a_space_that_draws_the_first_population_is_a_latin_hypercube():
+    """One genome stands in each slice of every axis."""
+    driver = Nsga2(population=10).start(Problem(axes=CORNERS, objectives=2, seed=0))
+    first = np.array([driver.ask() for _ in range(10)])
+
+    assert [sorted((column * 10).astype(int)) for column in first.T] == [list(range(10))] * 6
+
+
+def test_children_take_a_step_that_the_space_hopes_much_of():
+    """One of a drawn genome's options and integers on average, each as often, and never a real number."""
+    child, drawn, rng = (0.5, 1, "a"), (0.25, 3, "d"), np.random.default_rng(0)
+    found = [_hoped(child, drawn, AXES, rng) for _ in range(2000)]
+    taken = np.array([[gene == other for gene, other in zip(each, drawn, strict=True)] for each in found])
+
+    assert all(gene in pair for each in found for gene, pair in zip(each, zip(child, drawn, strict=True), strict=True))
+    assert not taken[:, 0].any()
+    # one of two, within four standard errors
+    assert np.abs(taken[:, 1:].mean(axis=0) - 0.5).max() < 4 * np.sqrt(0.25 / 2000)
+    assert _hoped((0.5,), (0.25,), AXES[:1], rng) == (0.5,)

@@ -33,6 +33,18 @@ def test_startup_is_spread():
     assert [sorted((column * 8).astype(int)) for column in batch.T] == [list(range(8))] * 2
 
 
+def test_startup_is_what_the_space_draws():
+    """Where a space draws random genomes, those before the startup is over are its own; the model's are others."""
+    axes = tuple(Real(name=f"x{i}", low=0, high=1) for i in range(6))
+    draw = lambda rng: tuple(rng.choice([0.25, 0.75], size=6).tolist())  # noqa: E731
+    driver = Tpe(batch=8, startup=16).start(Problem(axes=axes, objectives=1, seed=0, draw=draw))
+    found = search(driver, lambda g: (sum(g),), 24)
+
+    assert {gene for genome in found[:16] for gene in genome} == {0.25, 0.75}
+    assert len(set(found[:16])) == 16
+    assert not {gene for genome in found[16:] for gene in genome} <= {0.25, 0.75}
+
+
 def test_known_candidates_replace_the_startup():
     """With enough known genomes the first batch is drawn from the model, near the best ones."""
     rng = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from evomerge.errors import RecipeError
-from evomerge.methods import parse_line
+from evomerge.methods import canonical, parse_line
 from evomerge.operators import STAGES, elementwise, facts, merge
 from evomerge.operators.line import functions
 from evomerge.operators.state import Site, State
@@ -578,6 +578,40 @@ def test_plain_methods_by_their_formulas() -> None:
     D = torch.stack([source - base for source in sources])
     expected = base + (D.sign() * D.abs().mean(dim=1, keepdim=True)).sum(dim=0)
     torch.testing.assert_close(merged("one_bit", base, sources), expected)
+
+
+@pytest.mark.parametrize(("gain", "of"), [(0.25, 1.0), (4.0, 1.0), (0.5, 0.0), (1.5, -2.0)])
+def test_gain_multiplies_what_a_norm_multiplies_by(gain: float, of: float) -> None:
+    """A norm that multiplies by `of` + weight then multiplies by gain times that; where `of` is 0 it is a scale."""
+    y = randn(3, 5, seed=4)
+    found = run("gain", state(randn(1, 3, 5), y=y), gain=gain, of=of)
+    line = merge("zero | sum | gain", [{"w": y}], parameters={"gain": gain, "of": of})["w"]
+    expected = [[gain * (of + entry) - of for entry in row] for row in y.double().tolist()]
+
+    torch.testing.assert_close(found, torch.tensor(expected))
+    torch.testing.assert_close(line, torch.tensor(expected))
+    if of == 0:
+        assert torch.equal(line, merge("passthrough", [{"w": y}], parameters={"scale": gain})["w"])
+
+
+def test_gain_is_of_a_weight_without_1_unless_told() -> None:
+    """A half of 1 + y, less 1: what is stored for Gemma's norms, in numbers that float32 has."""
+    y = torch.tensor([0.0, -1.0, 1.0, 0.5, -3.0])
+
+    assert run("gain(0.5)", state(y[None], y=y)).tolist() == [-0.5, -1.0, 0.0, -0.25, -2.0]
+
+
+def test_a_gain_of_1_drops_out_of_a_line() -> None:
+    """Whatever it is of: the form and the bits are those of the line without it, though of + y - of would round."""
+    y = randn(40, seed=5)
+    for of in (1.0, 1e6):
+        parameters = {"gain": 1.0, "of": of}
+        line = "zero | sum | gain"
+        assert canonical(line, {"a": 1.0}, parameters) == canonical("zero | sum", {"a": 1.0}, {})
+        assert torch.equal(merge(line, [{"w": y}], parameters=parameters)["w"], y)
+    assert not torch.equal((y + 1e6) - 1e6, y)
+    assert canonical(line, {"a": 1.0}, {"gain": 1.5}) != canonical("zero | sum", {"a": 1.0}, {})
+    assert canonical(line, {"a": 1.0}, {"gain": 1.5}) != canonical(line, {"a": 1.0}, {"gain": 1.5, "of": 0.0})
 
 
 # --- what the table says

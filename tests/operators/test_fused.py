@@ -34,6 +34,7 @@ LINES = {
     "base_if_any | slerp | scale": 3,
     "base_if_any | multislerp | scale": 2,
     "base | norm | karcher | lines": 2,
+    "zero | sum | gain": 2,
 }
 
 ELEMENTWISE = [name for name, found in METHODS.items() if all(step.stage.elementwise for step in found.steps)]
