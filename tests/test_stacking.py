@@ -503,3 +503,25 @@ def test_the_page_on_stacking_shows_what_can_be_run(tmp_path: Path) -> None:
     keys = set(PathEntry.model_fields) - {"kind", "sizes"}
     table = text.partition("### path")[2].partition("### Layer")[0]
     assert keys == set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "experiments").glob("*.yaml")))
+def test_every_experiment_that_ships_is_good(name: str) -> None:
+    """`check` reads it and all that it refers to; of several stages each."""
+    assert "good" in cli("check", name)
+
+
+def test_the_published_search_has_its_published_settings() -> None:
+    """Akiba 2024, 3.2 and 4.1: T + M^2 genes, r = 3, population 128 for 100 generations, 200 items, EvoJAX's 0.1."""
+    experiment = load(ROOT / "experiments/sakana_dfs.yaml")
+    layers = 2 * 6
+    driver: Any = experiment.driver
+    axes: Any = experiment.space.axes
+
+    assert len(axes) == 3 * layers + layers**2
+    assert driver.population == 128
+    assert experiment.file.budget.candidates == 128 * 100
+    assert all(driver.sigma * (axis.high - axis.low) == pytest.approx(0.1) for axis in axes)
+    assert experiment.space.start == (0.2,) * 6 + (0.0,) * 30 + (0.0,) * layers**2
+    assert experiment.file.schedule == {"name": "fixed", "items": 200}
+    assert experiment.file.splits.validation == 200

@@ -249,3 +249,63 @@ def test_a_file_is_no_place_for_a_zoo(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="taken is a file"):
         build(tmp_path / "taken", 0, quick=True)
     assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
+
+
+DEEP = MODELS / "deep"
+#: The layers that an expert of the deep family learned; all else is the base's.
+LEARNED = {"arithmetic": (3, 4, 5), "strings": (0, 1), "cipher": (0, 1, 2)}
+
+
+def _deep(*layers: tuple[str, int]) -> Any:
+    """A stack of the deep family's layers in plain transformers, with the ends that all of its models share."""
+    models = {name: AutoModelForCausalLM.from_pretrained(DEEP / name, dtype=torch.float32) for name, _ in layers}
+    model = AutoModelForCausalLM.from_pretrained(DEEP / "base", dtype=torch.float32).eval()
+    model.model.layers = torch.nn.ModuleList(models[name].model.layers[layer] for name, layer in layers)
+    model.config.num_hidden_layers = len(layers)
+    for place, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = place
+    return model
+
+
+def _mean(model: Any) -> float:
+    """The mean accuracy over the three tasks on the sampled test items."""
+    tokenizer = AutoTokenizer.from_pretrained(DEEP / "base")
+    rows = {task: _rows(task, "test")[:SAMPLE] for task in TASKS}
+    found = [_likelihood(model, tokenizer, rows["arithmetic"])]
+    found += [_greedy(model, tokenizer, rows[task], 8) for task in ("strings", "cipher")]
+    return sum(map(_accuracy, found)) / len(found)
+
+
+def test_the_deep_family_is_small_and_speaks_as_the_other() -> None:
+    """Llamas of six layers and 303,424 parameters, together under 3 MB, with the tokenizer of the quickstart."""
+    per_layer = 4 * 64 * 64 + 3 * 64 * 172 + 2 * 64
+    for name in NAMES:
+        model = AutoModelForCausalLM.from_pretrained(DEEP / name)
+        assert model.config.num_hidden_layers == 6
+        assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+        assert sum(weight.numel() for weight in model.parameters()) == 6 * per_layer + 2 * 48 * 64 + 64
+        assert (DEEP / name / "tokenizer.json").read_bytes() == (MODELS / "base/tokenizer.json").read_bytes()
+    assert sum(file.stat().st_size for name in NAMES for file in (DEEP / name).iterdir()) < 3_000_000
+
+
+@pytest.mark.parametrize("expert", EXPERTS)
+def test_a_deep_expert_differs_from_its_base_in_the_layers_that_learned(expert: str) -> None:
+    """Embedding, norm, head and all other layers are the base's to the bit, and every layer that learned is not."""
+    base, own = (AutoModelForCausalLM.from_pretrained(DEEP / name).state_dict() for name in ("base", expert))
+    changed = {name for name, weight in own.items() if not torch.equal(weight, base[name])}
+
+    assert {int(name.split(".")[2]) for name in changed} == set(LEARNED[expert])
+    assert all(name.startswith("model.layers.") for name in changed)
+
+
+def test_deep_models_work_without_a_layer_and_together() -> None:
+    """Without one of its last layers cipher keeps 95 % of its mean; its first half before arithmetic's second beats it.
+
+    Stacks are put together by plain transformers.
+    """
+    cipher, arithmetic = (_mean(_deep(*((name, k) for k in range(6)))) for name in ("cipher", "arithmetic"))
+    pruned = _mean(_deep(*(("cipher", k) for k in (0, 1, 2, 3, 5))))
+    both = _mean(_deep(*(("cipher", k) for k in range(3)), *(("arithmetic", k) for k in range(3, 6))))
+
+    assert pruned >= 0.95 * cipher
+    assert both > max(cipher, arithmetic) + 0.02
