@@ -19,7 +19,7 @@ from evomerge.recipe import Recipe
 from evomerge.value import value
 
 #: The size of a small model where its config can be cut without another structure.
-_SMALL = {"vocab_size": 32, "intermediate_size": 16, "n_inner": 16, "ffn_hidden_size": 16}
+_SMALL = {"vocab_size": 32, "intermediate_size": 16, "n_inner": 16, "ffn_dim": 16, "moe_intermediate_size": 16}
 
 #: How far results may be apart, relative to their size, and still be one: in float64, where a norm computes in float32,
 #: and with the epsilon of norms between.
@@ -61,7 +61,10 @@ def anatomy_of(folder: Path, trust_remote_code: bool = False) -> Anatomy:
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as problem:
+        raise ModelError(f"{folder}: transformers cannot read its config ({_line(problem)})") from None
     text = config.get_text_config()
     kind = config.model_type
     kinds = tuple(getattr(text, "layer_types", None) or ())

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.errors import CandidateError, ModelError
-from evomerge.hops import Hop, Stack, origins, path_of, stack_of
+from evomerge.hops import Hop, Stack, origins, path_of, recipe_of, stack_of
 from evomerge.models.anatomy import Anatomy, anatomy_of, list_of_layers
 from evomerge.models.architecture import is_head, place, renamed, split
 from evomerge.models.materialize import Blueprint
 from evomerge.models.resident import Sources
 from evomerge.operators.parts import Statistic, no_statistics
-from evomerge.recipe import Recipe, Source, copy_of
+from evomerge.recipe import Recipe, Source
 
 T = TypeVar("T")
 
@@ -119,14 +119,11 @@ class Stacks:
             statistic: the statistics that methods of merges among the sources take.
 
         Raises:
-            CandidateError: if what is merged for it is not finite, or has no place in the model.
+            CandidateError: if what is merged for it is not finite, or a source has not the layer that is taken.
+            RecipeError: if it has scales and is no stack.
         """
-        stack = stack_of(recipe)
-        if stack is None:
-            recipe = _alone(recipe, self._sources.depth)
-            stack = stack_of(recipe)
-        if stack is None:
-            raise CandidateError("the recipe has scales and is no stack of layers as they are")
+        known = stack_of(recipe)
+        recipe, stack = _alone(recipe, self._sources.depth) if known is None else (recipe, known)
         models = {source.name: source for source in recipe.sources}
         self._check(stack, models)
         self._last, self._now = self._now, {}
@@ -373,8 +370,8 @@ def _content(source: Source) -> str:
     return source.name if source.recipe is None else source.recipe.digest
 
 
-def _alone(recipe: Recipe, depth: int) -> Recipe:
-    """Return the recipe of a model that is what another recipe makes."""
-    built = Source(name=_ITSELF, recipe=recipe)
-    layers = len(recipe.layers) or depth
-    return copy_of(built, layers, recipe.dtype)
+def _alone(recipe: Recipe, depth: int) -> tuple[Recipe, Stack]:
+    """Return a model that is no stack as the only source of one."""
+    hops = tuple(Hop(source=_ITSELF, layer=k) for k in range(len(recipe.layers) or depth))
+    stack = Stack(embedding=_ITSELF, hops=hops, head=_ITSELF)
+    return recipe_of(stack, [Source(name=_ITSELF, recipe=recipe)], recipe.dtype), stack
