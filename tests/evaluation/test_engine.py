@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from evomerge.errors import CandidateError, ModelError
@@ -103,6 +104,18 @@ def models(tmp_path_factory):
         return made[kind]
 
     return get
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma2"])
+def test_the_tensors_of_a_file_are_a_candidate(models, kind):
+    """Whatever files call the head (GPT-NeoX's `embed_out`), the answers are those of the model that was saved."""
+    model, folder, _ = models(kind)
+    engine = Engine(folder, "float32", batch=16)
+    engine.load(load_file(folder / "model.safetensors").items())
+    requests = answers(6)
+
+    expected = [plainly(model, engine.tokenizer, request.context) for request in requests]
+    assert [outcome.text for outcome in ask(engine, requests)] == expected
 
 
 @EVERYWHERE
