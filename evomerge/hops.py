@@ -75,6 +75,7 @@ def recipe_of(stack: Stack, sources: Sequence[Source], dtype: str) -> Recipe:
         dtype: of the model.
     """
     used = {stack.head, *(hop.source for hop in stack.hops)}
+    texts = (source.recipe.calibration for source in sources if source.name in used and source.recipe is not None)
     runs: list[Route] = []
     for source, places in groupby(range(len(stack.hops)), lambda k: stack.hops[k].source):
         span = list(places)
@@ -86,6 +87,7 @@ def recipe_of(stack: Stack, sources: Sequence[Source], dtype: str) -> Recipe:
         routes=(*runs, Route(blend=copy_blend(stack.head))),
         layers=tuple(hop.layer for hop in stack.hops),
         scales=scales if any(scale != 1.0 for scale in scales) else (),
+        calibration=next((text for text in texts if text is not None), None),
         dtype=dtype,
     )
 

@@ -236,7 +236,8 @@ def depths_of(recipe: Recipe, source: str) -> list[int]:
 def copy_of(source: Source, depth: int, dtype: str) -> Recipe:
     """Return the recipe that rebuilds one source as it is (in the declared dtype)."""
     route = Route(blend=Blend(method="linear", weights={source.name: 1.0}))
-    return Recipe(sources=(source,), routes=(route,), layers=tuple(range(depth)), dtype=dtype)
+    texts = None if source.recipe is None else source.recipe.calibration
+    return Recipe(sources=(source,), routes=(route,), layers=tuple(range(depth)), calibration=texts, dtype=dtype)
 
 
 def to_yaml(recipe: Recipe) -> str:

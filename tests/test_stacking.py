@@ -525,3 +525,26 @@ def test_the_published_search_has_its_published_settings() -> None:
     assert experiment.space.start == (0.2,) * 6 + (0.0,) * 30 + (0.0,) * layers**2
     assert experiment.file.schedule == {"name": "fixed", "items": 200}
     assert experiment.file.splits.validation == 200
+
+
+def test_a_winner_whose_method_takes_statistics_is_stacked_and_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its texts go with its recipe: a later stage that names none builds the merge, and exports its stacks."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "texts.txt").write_text("3+4\nabc>2=\nrev:abc=\n", encoding="utf-8")
+    few = {"budget": {"candidates": 2}, "driver": {"name": "random", "batch": 2}}
+    first = {**STAGES[0], **few, "space": {"methods": ["fisher"]}, "calibration": str(tmp_path / "texts.txt")}
+    folder = tmp_path / "staged"
+    cli("run", staged(tmp_path, stages=[first]), "--runs", tmp_path)
+    searched = next(e.candidate for e in open_run(folder / "blend").asked if e.origin == "search")
+    second = {**SMALL, **few, "name": "upon", "models": {"sources": {"winner": f"run:{folder}/blend@{searched}"}}}
+    path = tmp_path / "upon.yaml"
+    path.write_text(yaml.safe_dump(second, sort_keys=False), encoding="utf-8")
+    cli("run", path, "--runs", tmp_path)
+    run = open_run(tmp_path / "upon")
+    probe = next(e.candidate for e in run.asked if e.origin == "probe")
+    cli("export", tmp_path / "upon", "--front", str(probe), "--to", tmp_path / "out")
+
+    assert not run.errors
+    assert read_recipe(tmp_path / "out" / f"candidate-{probe}" / "recipe.yaml").calibration is not None

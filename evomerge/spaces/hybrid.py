@@ -1,7 +1,6 @@
 """The hybrid space: stacks whose layers are blends; parameter-space genes for layers, stacking genes for order."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -94,8 +93,7 @@ class HybridSpace:
         stack = self.edits.stack(genome[split:])
         if stack.hops == tuple(Hop(source=BLEND, layer=k) for k in range(self.depth)):
             return inner
-        recipe = recipe_of(stack, (Source(name=BLEND, recipe=inner), *self.sources), self.dtype)
-        return replace(recipe, calibration=inner.calibration)
+        return recipe_of(stack, (Source(name=BLEND, recipe=inner), *self.sources), self.dtype)
 
     def sample(self, rng: np.random.Generator, prior: Prior | None = None) -> Genome:
         """Return a random genome: uniform for the blend, few edits."""
