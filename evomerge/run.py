@@ -22,8 +22,8 @@ from evomerge.ledger import (
 )
 from evomerge.objective import Losses, Objective, Score
 from evomerge.pareto import extremes, front, hypervolume, knee
+from evomerge.spaces.edits import NONE
 from evomerge.spaces.proposals import PROBE
-from evomerge.spaces.stack import NONE
 
 #: What a run asks items for: of everybody at its beginning, of the search's candidates, of some of those the rest, and
 #: of the finalists.

@@ -77,7 +77,7 @@ class DepthEntry(_Strict):
 
 
 class EditsEntry(_Strict):
-    """What may be done to a stack; see evomerge.spaces.stack.Edits."""
+    """What may be done to a stack; see evomerge.spaces.edits.Edits."""
 
     operations: list[Literal["drop", "repeat", "insert", "swap", "move"]] = Field(
         default=["drop", "repeat", "insert", "swap", "move"], min_length=1, description="What an edit may be."

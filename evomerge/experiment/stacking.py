@@ -13,8 +13,9 @@ from evomerge.models.architecture import place, split
 from evomerge.models.checkpoint import check_stackable
 from evomerge.recipe import Source, copy_of
 from evomerge.spaces.blend import BlendSpace
+from evomerge.spaces.edits import Edits, Steps
 from evomerge.spaces.hybrid import BLEND, HybridSpace
-from evomerge.spaces.stack import Edits, PathSpace, SakanaSpace, Steps
+from evomerge.spaces.stack import PathSpace, SakanaSpace
 
 if TYPE_CHECKING:
     from evomerge.models.anatomy import Anatomy

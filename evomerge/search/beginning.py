@@ -22,8 +22,8 @@ from evomerge.models.architecture import place
 from evomerge.models.checkpoint import Checkpoint
 from evomerge.pool import InlinePool, Pool, RayPool
 from evomerge.recipe import Recipe, copy_of, depths_of
+from evomerge.spaces.edits import Prior
 from evomerge.spaces.proposals import Proposal, baselines, probes, warmup
-from evomerge.spaces.stack import Prior
 from evomerge.worker import WorkerSetup
 
 #: Libraries whose version decides the course of a run, beside the driver's own.

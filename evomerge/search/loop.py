@@ -23,8 +23,8 @@ from evomerge.search.book import Book
 from evomerge.search.generation import Generations, recorded
 from evomerge.search.scoring import Model
 from evomerge.search.tape import Tape, Watch
+from evomerge.spaces.edits import Prior, prior_of
 from evomerge.spaces.proposals import Proposal
-from evomerge.spaces.stack import Prior, prior_of
 
 
 class Search:

@@ -10,7 +10,7 @@ from evomerge.genome import Axis, Genome, check_axes, check_genome, from_unit
 from evomerge.hops import Hop, recipe_of
 from evomerge.recipe import Recipe, Source
 from evomerge.spaces.blend import BlendSpace
-from evomerge.spaces.stack import NONE, Edits, Prior, check_names
+from evomerge.spaces.edits import NONE, Edits, Prior, check_names
 from evomerge.value import value
 
 #: What the blend is called among the sources of a stack.

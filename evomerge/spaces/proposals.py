@@ -9,7 +9,7 @@ import numpy as np
 from evomerge.errors import LedgerError
 from evomerge.genome import Genome, SearchSpace
 from evomerge.recipe import Recipe, Source, copy_of
-from evomerge.spaces.stack import Prior
+from evomerge.spaces.edits import Prior
 from evomerge.value import value
 
 #: The origin of layer probes; their labels are an operation and a place.

@@ -14,7 +14,7 @@ from evomerge import pareto
 from evomerge.drivers import DRIVERS, Cma, Nsga2, Problem, Random, Tpe
 from evomerge.errors import ExperimentError, RecipeError
 from evomerge.genome import ActiveIf, Choice, Real, Whole, check_genome, from_unit
-from evomerge.spaces.stack import Edits, Steps
+from evomerge.spaces.edits import Edits, Steps
 
 MIXED = (
     Real(name="weight", low=-1, high=2),

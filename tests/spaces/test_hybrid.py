@@ -14,8 +14,8 @@ from evomerge.genome import Gene, Genome, active, check_axes, check_genome, from
 from evomerge.hops import Hop, path_of, stack_of
 from evomerge.recipe import GROUPS, Source
 from evomerge.spaces.blend import BlendSpace, ParameterRange, Range
+from evomerge.spaces.edits import NONE, Edits, Steps
 from evomerge.spaces.hybrid import BLEND, HybridSpace
-from evomerge.spaces.stack import NONE, Edits, Steps
 
 BASE = Source(name="base", path="base", fingerprint="0")
 A, B = (Source(name=name, path=name, fingerprint=name) for name in "ab")

@@ -15,7 +15,8 @@ from evomerge.errors import RecipeError
 from evomerge.genome import Choice, Gene, Genome, active, check_axes, check_genome, from_unit
 from evomerge.hops import Hop, stack_of
 from evomerge.recipe import Recipe, Source, copy_of
-from evomerge.spaces.stack import NONE, OPERATIONS, SAKANA_SIGMA, Edits, PathSpace, SakanaSpace, Steps, prior_of
+from evomerge.spaces.edits import NONE, OPERATIONS, Edits, Steps, prior_of
+from evomerge.spaces.stack import SAKANA_SIGMA, PathSpace, SakanaSpace
 
 A, B, C = (Source(name=name, path=name, fingerprint=name) for name in "abc")
 QUARTERS = Steps(low=0.25, high=2.0, step=0.25)
