@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from evomerge.hops import described, stack_of
 from evomerge.models.locate import called
 from evomerge.recipe import Recipe, models_of
 
@@ -49,10 +50,13 @@ def model_card(title: str, made: str, more: Sequence[str], recipe: Recipe) -> st
 
 
 def blended(recipe: Recipe) -> str:
-    """Return what a recipe blends and how, as the end of a sentence."""
+    """Return what a recipe stacks, or what it blends and how, as the noun of a sentence."""
+    stack = stack_of(recipe)
+    if stack is not None:
+        return f"stack of {len(stack.hops)} layers ({described(stack)})"
     methods = dict.fromkeys(_worded(blend.method) for blend in recipe.blends())
     base = f", with task vectors taken from {recipe.base.name}" if recipe.base else ""
-    return f"of {', '.join(source.name for source in recipe.sources)} by {', '.join(methods)}{base}"
+    return f"merge of {', '.join(source.name for source in recipe.sources)} by {', '.join(methods)}{base}"
 
 
 def _worded(method: str) -> str:

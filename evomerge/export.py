@@ -17,7 +17,7 @@ from evomerge.evaluation.request import Outcome
 from evomerge.evaluation.task import SPLITS, Task
 from evomerge.experiment import Experiment
 from evomerge.experiment.sources import leaf_of
-from evomerge.hops import origins, passed_through, stack_of
+from evomerge.hops import described, origins, passed_through, stack_of
 from evomerge.ledger import Answered, Event
 from evomerge.models import mergekit
 from evomerge.models.anatomy import additions_of
@@ -77,7 +77,8 @@ def export_models(
         check = _write(experiment, run, recipe, number, _recorded(events, number), folder)
         entries.append(_entry(run, recipe, number, folder, check))
         folders.append(folder)
-        say(f"{folder}: reloaded, {check['items']} items asked again, {check['differ']} differ")
+        what = f"; {entries[-1]['stack']}" if experiment.stacked and entries[-1]["stack"] else ""
+        say(f"{folder}: reloaded, {check['items']} items asked again, {check['differ']} differ{what}")
     _replace(directory / "index.json", json.dumps(_index(directory, entries), indent=2) + "\n")
     _replace(directory / "README.md", _overview(experiment, run, _index(directory, entries)))
     return folders
@@ -187,10 +188,12 @@ def _references(experiment: Experiment, task: Task, split: str) -> list[tuple[Ou
 
 
 def _entry(run: Run, recipe: Recipe, number: int, folder: Path, check: Mapping[str, int]) -> dict[str, Any]:
+    stack = stack_of(recipe)
     return {
         "candidate": number,
         "folder": folder.name,
         "recipe": recipe.digest,
+        "stack": None if stack is None else described(stack),
         "in_front": run.finished is not None and number in run.finished.front,
         "reloaded": dict(check),
         "scores": {
@@ -216,13 +219,14 @@ def _overview(experiment: Experiment, run: Run, index: Mapping[str, Any]) -> str
         "",
         "Scores on the test split with 95 % intervals; the validation split where a model was not tested.",
         "",
-        "| model | " + " | ".join(tasks) + " |",
-        "|---|" + "---|" * len(tasks),
+        "| model | " + " | ".join(tasks) + " |" + " stack |" * experiment.stacked,
+        "|---|" + "---|" * (len(tasks) + experiment.stacked),
     ]
     for entry in index["models"]:
         by_split: Mapping[str, Any] = entry["scores"]
         scores: Mapping[str, Any] = next((by_split[split] for split in reversed(SPLITS) if by_split[split]), {})
         cells = ["{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]".format_map(scores[task]) for task in tasks]
+        cells += [entry.get("stack") or "a blend"] * experiment.stacked
         lines.append(f"| [{entry['folder']}]({entry['folder']}) | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -245,7 +249,7 @@ def _card(experiment: Experiment, run: Run, recipe: Recipe, number: int, beyond:
     ]
     return model_card(
         f"{experiment.file.name}, {run.name(number)}",
-        f"A merge {blended(recipe)}; found by evomerge {__version__} in the run `{experiment.file.name}` "
+        f"A {blended(recipe)}; found by evomerge {__version__} in the run `{experiment.file.name}` "
         f"(seed {experiment.file.seed})",
         [
             f"mergekit cannot make it: {beyond}." if beyond else f"`{MERGEKIT}` makes the same model with mergekit.",

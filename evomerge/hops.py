@@ -173,6 +173,28 @@ def origins(recipe: Recipe, depth: int, known: Stack | None = None) -> list[int]
     return found
 
 
+def described(stack: Stack) -> str:
+    """Return a stack as people write it: runs of layers of a source, with the scale at the seam before them.
+
+    >>> hops = [Hop(source="a", layer=0), Hop(source="a", layer=1), Hop(source="b", layer=1, scale=1.25)]
+    >>> described(Stack(embedding="a", hops=tuple(hops), head="a"))
+    'a 0-1, b 1 (x 1.25)'
+    """
+    runs: list[list[Hop]] = []
+    for hop in stack.hops:
+        last = runs[-1][-1] if runs else None
+        if last and (hop.source, hop.layer, hop.scale) == (last.source, last.layer + 1, 1.0):
+            runs[-1].append(hop)
+        else:
+            runs.append([hop])
+    texts = []
+    for run in runs:
+        first, last_ = run[0], run[-1]
+        span = f"{first.layer}-{last_.layer}" if len(run) > 1 else f"{first.layer}"
+        texts.append(f"{first.source} {span}" + (f" (x {first.scale:g})" if first.scale != 1.0 else ""))
+    return ", ".join(texts)
+
+
 def alike(one: Sequence[object], two: Sequence[object]) -> int:
     """Return how many hops two paths begin with alike."""
     return next((k for k, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))

@@ -184,7 +184,7 @@ def wide(name: str, parameters: dict[str, object]) -> int:
 
 def card(job: OneOff) -> str:
     """Return the README of a merged model: what it is made of and how to load it."""
-    made = f"A merge {blended(job.recipe)}; made by evomerge {__version__}"
+    made = f"A {blended(job.recipe)}; made by evomerge {__version__}"
     return model_card("A merged model", made, [], job.recipe)
 
 

@@ -1,5 +1,6 @@
 """Hops: stacks written as recipes and read back, and scales folded into what layers add, against the law behind it."""
 
+import doctest
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,8 +12,21 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from evomerge import hops as hops_module
 from evomerge.errors import RecipeError
-from evomerge.hops import Hop, Stack, alike, copied, copy_blend, folded, passed_through, path_of, recipe_of, stack_of
+from evomerge.hops import (
+    Hop,
+    Stack,
+    alike,
+    copied,
+    copy_blend,
+    described,
+    folded,
+    passed_through,
+    path_of,
+    recipe_of,
+    stack_of,
+)
 from evomerge.methods import canonical
 from evomerge.models.materialize import materialize
 from evomerge.models.resident import InMemory
@@ -386,3 +400,10 @@ def test_paths_of_nothing_have_nothing_in_common() -> None:
     assert path_of(plain(0, routes=(Route(blend=BOTH),))) == ()
     assert alike((), path) == alike(path, ()) == alike((), ()) == 0
     assert alike(path, path) == 1
+
+
+def test_a_stack_is_described_by_its_runs() -> None:
+    """The example of the docstring, and that a scale begins a run even where layers follow each other."""
+    assert doctest.testmod(hops_module).failed == 0
+    scaled = tuple(Hop(source="a", layer=k, scale=0.5 if k == 1 else 1.0) for k in range(3))
+    assert described(Stack(embedding="a", hops=scaled, head="a")) == "a 0, a 1-2 (x 0.5)"

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from evomerge.cli import app
 from evomerge.experiment import load, read_stages
 from evomerge.experiment.entries import PathEntry
-from evomerge.hops import stack_of
+from evomerge.hops import described, stack_of
 from evomerge.ledger import Answered, Event, read, settled
 from evomerge.models.anatomy import anatomy_of
 from evomerge.models.checkpoint import Checkpoint
@@ -149,6 +149,10 @@ def test_an_exported_stack_is_plain_and_of_its_own_depth(whole: tuple[Path, str]
         recipe = read_recipe(folder / "recipe.yaml")
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert model.config.num_hidden_layers == len(recipe.layers) == len(model.model.layers)
+        stack = stack_of(recipe)
+        assert stack is not None
+        assert f"A stack of {len(stack.hops)} layers ({described(stack)})" in (folder / "README.md").read_text()
+        assert described(stack) in (run / "pareto/README.md").read_text()
         assert not list(folder.glob("*.py"))
         assert "auto_map" not in json.loads((folder / "config.json").read_text())
 
