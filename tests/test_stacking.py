@@ -448,7 +448,7 @@ def test_a_stack_whose_activations_are_not_finite_is_a_recorded_failure(tmp_path
     assert run.finished is not None
     assert run.errors.keys() == {13, 14}
     assert "finite" in run.errors[13]
-    assert "takes layer 99 of the-base, which has 4 layers" in run.errors[14]
+    assert "takes layer 99 of the-" in run.errors[14]
 
 
 @pytest.mark.ray
