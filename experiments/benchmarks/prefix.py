@@ -84,6 +84,7 @@ def _building(folder: Path) -> dict[str, float]:
     """Return how long it takes to build a stack of a Llama with 32 layers, and to copy what it refers to."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     from evomerge.hops import Hop, Stack, recipe_of
     from evomerge.models.resident import Resident
@@ -92,6 +93,7 @@ def _building(folder: Path) -> dict[str, float]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    disable_progress_bar()
     config = LlamaConfig(
         vocab_size=256, hidden_size=512, intermediate_size=1376, num_hidden_layers=32, num_attention_heads=8
     )
