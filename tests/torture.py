@@ -1,6 +1,6 @@
 """Kills real runs with SIGKILL at random moments, some inside a write, and compares what grows with the whole run.
 
-    EVOMERGE_SEED=0 python tests/torture.py [--kills 20] [--runs warmup race cma tpe]
+    EVOMERGE_SEED=0 python tests/torture.py [--kills 20] [--runs warmup race cma tpe stack]
 
 Each run is a process of its own that searches on the quickstart models. Half of the
 kills come from outside, at a random time; the other half strike between two bytes of a line of
@@ -35,12 +35,13 @@ FEW = {"name": "fixed", "items": 10}
 WARMUP = {
     "name": "warmup", "random": 16, "items": 8, "promote": 1, "honest": 1, "every": 1, "elites": 2, "final": 2,
 }  # fmt: skip
-#: What is tortured: each driver, and each schedule.
+#: What is tortured: each driver, each schedule, and a search over stacks.
 RUNS = {
     "warmup": {"driver": {"name": "nsga2", "population": 12}, "schedule": WARMUP, "estimator": {"name": "auto"}},
     "race": {"driver": {"name": "nsga2", "population": 12}, "schedule": {"name": "race", "first": 5}},
     "cma": {"driver": {"name": "cma"}, "schedule": FEW},
     "tpe": {"driver": {"name": "tpe", "batch": 6}, "schedule": FEW},
+    "stack": {"space": "path", "driver": {"name": "nsga2", "population": 12}, "schedule": WARMUP},
 }
 
 
