@@ -10,7 +10,7 @@ from operator import mul
 
 from evomerge.errors import RecipeError
 from evomerge.methods import canonical
-from evomerge.recipe import ENDS, GROUPS, Blend, Recipe, Route, Source
+from evomerge.recipe import ENDS, GROUPS, Blend, Recipe, Route, Source, depths_of
 from evomerge.value import value
 
 
@@ -21,11 +21,6 @@ class Hop:
     source: str
     layer: int
     scale: float = 1.0
-
-    @property
-    def key(self) -> tuple[str, int, float]:
-        """What two hops have in common that do the same."""
-        return self.source, self.layer, self.scale
 
 
 @value
@@ -163,14 +158,14 @@ def origins(recipe: Recipe, depth: int, known: Stack | None = None) -> list[int]
         depth: the number of layers of the models in folders.
         known: the stack that it is, where that is known.
     """
-    stack, owner = known or stack_of(recipe), recipe.base or recipe.sources[0]
-    models = {source.name: source for source in (*recipe.sources, owner)}
-    found = []
-    for k, given in enumerate(recipe.layers or range(depth)):
-        source = owner if stack is None else models[stack.hops[k].source]
-        layer = given if isinstance(given, int) else given[source.name]
-        found.append(layer if source.recipe is None else origins(source.recipe, depth)[layer])
-    return found
+    stack = known or stack_of(recipe)
+    if stack is None:
+        owner = recipe.base or recipe.sources[0]
+        takes = [(owner, layer) for layer in depths_of(recipe, owner.name) or range(depth)]
+    else:
+        models = {source.name: source for source in recipe.sources}
+        takes = [(models[hop.source], hop.layer) for hop in stack.hops]
+    return [layer if source.recipe is None else origins(source.recipe, depth)[layer] for source, layer in takes]
 
 
 def described(stack: Stack) -> str:

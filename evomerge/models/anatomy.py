@@ -70,17 +70,13 @@ def anatomy_of(folder: Path, trust_remote_code: bool = False) -> Anatomy:
     kinds = tuple(getattr(text, "layer_types", None) or ())
     if getattr(text, "num_kv_shared_layers", 0):
         raise ModelError(f"{folder}: layers of {kind} share keys and values across depth, so they cannot be stacked")
-    try:
+    with _refused(f"{folder}: no small {kind} can be built to look at its layers"):
         model = _small(config, trust_remote_code)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as problem:
-        raise ModelError(f"{folder}: no small {kind} can be built to look at its layers ({_line(problem)})") from None
     path = list_of_layers(model)
     if not path:
         raise ModelError(f"{folder}: {kind} has no one list of layers, so they cannot be stacked")
-    try:
+    with _refused(f"{folder}: a small {kind} cannot be run, so nothing is stacked"):
         seen = _run(model, path)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as problem:
-        raise ModelError(f"{folder}: a small {kind} cannot be run ({_line(problem)}), so nothing is stacked") from None
     why = _unstackable(seen)
     if why:
         raise ModelError(f"{folder}: layers of {kind} cannot be stacked: {why}")
@@ -130,6 +126,15 @@ def _nested(name: str, model: nn.Module) -> bool:
     """Tell whether a list lies within another list."""
     parts = name.split(".")
     return any(isinstance(model.get_submodule(".".join(parts[:k])), nn.ModuleList) for k in range(1, len(parts)))
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Say in one line what could not be done with a small model, and why."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as problem:
+        raise ModelError(f"{what} ({_line(problem)})") from None
 
 
 class _Seen:
@@ -187,9 +192,9 @@ def _small(config: Any, trust_remote_code: bool) -> Any:
             trust_remote_code=trust_remote_code,
         )
     with torch.no_grad():
-        for _, weight in sorted(model.named_parameters()):
+        for name, weight in sorted(model.named_parameters()):
             # of size one, so that the epsilon of norms is small beside what they see
-            scale = 1.0 / math.sqrt(weight.shape[-1]) if weight.ndim > 1 and "embed" not in _ else 0.5
+            scale = 1.0 / math.sqrt(weight.shape[-1]) if weight.ndim > 1 and "embed" not in name else 0.5
             weight.normal_(0.0, scale, generator=stream)
     return model.eval()
 

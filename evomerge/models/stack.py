@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from evomerge.errors import CandidateError, ModelError
 from evomerge.hops import Hop, Stack, origins, path_of, recipe_of, stack_of
-from evomerge.models.anatomy import Anatomy, anatomy_of, list_of_layers
+from evomerge.models.anatomy import Anatomy, anatomy_of
 from evomerge.models.architecture import is_head, place, renamed, split
 from evomerge.models.materialize import Blueprint
 from evomerge.models.resident import Sources
@@ -102,8 +102,7 @@ class Stacks:
 
         Its layers are taken out, so that they need no memory on the device.
         """
-        path = list_of_layers(model) or self.anatomy.layers
-        parent, _, name = path.rpartition(".")
+        parent, _, name = self.anatomy.layers.rpartition(".")
         owner = model.get_submodule(parent)
         self._bones = [_bared(layer, self._device) for layer in getattr(owner, name)]
         self._trees = [_tree(layer) for layer in self._bones]
@@ -234,12 +233,7 @@ class Stacks:
         if self.anatomy.kinds:
             vars(text)["layer_types"] = [self.anatomy.kinds[kind] for kind in kinds]
         configs = {id(self._shell.config): config, id(self._shell.config.get_text_config()): text}
-        tensors = _at_targets(self._shell, ends)
-
-        def fitting(own: str) -> Tensor | None:
-            return tensors.get(own)
-
-        model = rebuilt(self._shell, fitting, configs)
+        model = rebuilt(self._shell, _at_targets(self._shell, ends).get, configs)
         parent, _, name = self.anatomy.layers.rpartition(".")
         setattr(model.get_submodule(parent), name, hops)
         return model

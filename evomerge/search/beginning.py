@@ -5,11 +5,12 @@ import math
 import os
 import platform
 import time
+from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 from evomerge import __version__
@@ -17,11 +18,12 @@ from evomerge.errors import LedgerError
 from evomerge.evaluation.task import SPLITS
 from evomerge.experiment import Experiment
 from evomerge.fitness.schedule import Warmup
+from evomerge.hops import origins
 from evomerge.ledger import Event, Ledger, Started
 from evomerge.models.architecture import place
 from evomerge.models.checkpoint import Checkpoint
 from evomerge.pool import InlinePool, Pool, RayPool
-from evomerge.recipe import Recipe, copy_of, depths_of
+from evomerge.recipe import Recipe, copy_of
 from evomerge.spaces.edits import Prior
 from evomerge.spaces.proposals import Proposal, baselines, probes, warmup
 from evomerge.worker import WorkerSetup
@@ -61,12 +63,19 @@ def versions(experiment: Experiment) -> dict[str, str]:
 
 def properties(experiment: Experiment, recipe: Recipe) -> dict[str, float]:
     """Return the properties of a model that can be objectives: number of parameters, and of layers."""
-    checkpoint = Checkpoint(experiment.template)
-    depths = depths_of(recipe, recipe.sources[0].name) or list(range(checkpoint.depth))
-    layers = [place(name, checkpoint.depth).layer for name in checkpoint.names]
-    sizes = [math.prod(checkpoint.shape(name)) for name in checkpoint.names]
-    times = [1 if layer is None else depths.count(layer) for layer in layers]
-    return {"parameters": float(np.dot(times, sizes)), "depth": float(len(depths))}
+    ends, layers = _sizes(experiment.template)
+    depths = origins(recipe, len(layers))
+    return {"parameters": float(ends + sum(layers[k] for k in depths)), "depth": float(len(depths))}
+
+
+@lru_cache(maxsize=16)
+def _sizes(folder: Path) -> tuple[int, tuple[int, ...]]:
+    """Return the numbers of parameters of a model outside its layers, and in each; its files are read once."""
+    checkpoint = Checkpoint(folder)
+    sizes: Counter[int | None] = Counter()
+    for name in checkpoint.names:
+        sizes[place(name, checkpoint.depth).layer] += math.prod(checkpoint.shape(name))
+    return sizes[None], tuple(sizes[k] for k in range(checkpoint.depth))
 
 
 def reference(experiment: Experiment) -> tuple[float | None, ...]:

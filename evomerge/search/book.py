@@ -9,7 +9,7 @@ from evomerge.genome import Genome
 from evomerge.ledger import BASELINES, Asked, Told
 from evomerge.objective import Losses
 from evomerge.pareto import front, spread
-from evomerge.recipe import Recipe, depths_of
+from evomerge.recipe import Recipe
 from evomerge.search.asking import Answers
 from evomerge.search.beginning import baselines_of, properties
 from evomerge.search.tape import Tape
@@ -35,7 +35,7 @@ class Book:
         #: Those that answered all search items, in the order in which that became known.
         self.full: list[int] = []
         self._first_of: dict[str, int] = {}
-        self._properties: dict[tuple[int, ...], dict[str, float]] = {}
+        self._properties: dict[int, dict[str, float]] = {}
 
     def ask(self, proposal: Proposal) -> Asked:
         """Give a proposal the next number; a candidate's genome is always taken from the ledger, if it is there."""
@@ -122,11 +122,9 @@ class Book:
         """Return the properties of a candidate, if any is an objective."""
         if all(objective.kind == "task" for objective in self._experiment.objectives):
             return {}
-        recipe = self.recipes[number]
-        depths = tuple(depths_of(recipe, recipe.sources[0].name))
-        if depths not in self._properties:
-            self._properties[depths] = properties(self._experiment, recipe)
-        return self._properties[depths]
+        if number not in self._properties:
+            self._properties[number] = properties(self._experiment, self.recipes[number])
+        return self._properties[number]
 
 
 def best_of(losses: Mapping[int, Losses | None], count: int, corner: Sequence[float]) -> list[int]:

@@ -260,14 +260,14 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
-def near(found: Tensor, expected: Tensor, share: float = 1e-5) -> None:
+def assert_near(found: Tensor, expected: Tensor, share: float = 1e-5) -> None:
     """Refuse numbers that are apart by more than a share of the greatest."""
     torch.testing.assert_close(found, expected, rtol=0, atol=share * float(expected.abs().max()))
 
 
-def same(found: Tensor, expected: Tensor) -> None:
+def assert_same(found: Tensor, expected: Tensor) -> None:
     """Refuse what is apart by more than a kernel may round otherwise where a tensor's memory begins elsewhere."""
-    near(found, expected, 1e-6)
+    assert_near(found, expected, 1e-6)
 
 
 def blend(weights: dict[str, float], *layers: int, **more: Any) -> Recipe:
@@ -292,14 +292,14 @@ def test_the_stack_that_is_one_source_gives_its_bits(world: World, name: str) ->
 @pytest.mark.parametrize("stack", [PLAIN, SCALED], ids=["plain", "scaled"])
 def test_a_stack_gives_the_logits_of_the_model_put_together_by_hand(world: World, stack: Stack) -> None:
     """Layers twice, of two sources, of two kinds out of order, and scaled: as copies in plain transformers give."""
-    same(logits(world.live(stack).model), logits(by_hand(world, stack)))
+    assert_same(logits(world.live(stack).model), logits(by_hand(world, stack)))
 
 
 def test_a_short_stack(world: World) -> None:
     """One hop is a model, too."""
     stack = hops(("b", 2, 3.0))
 
-    same(logits(world.live(stack).model), logits(by_hand(world, stack)))
+    assert_same(logits(world.live(stack).model), logits(by_hand(world, stack)))
 
 
 @pytest.mark.parametrize("stack", [PLAIN, SCALED], ids=["plain", "scaled"])
@@ -309,7 +309,7 @@ def test_what_is_exported_gives_the_logits_of_the_live_stack(world: World, stack
     back = world.export(world.recipe(stack), tmp_path / "out", [hop.layer for hop in stack.hops])
     live, found = logits(model), logits(back)
 
-    near(found, live)
+    assert_near(found, live)
     assert equal(parameters(back), parameters(model)) == (stack is PLAIN)
     assert not torch.allclose(live, logits(world.live(PLAIN if stack is SCALED else SCALED).model), atol=1e-2)
 
@@ -350,7 +350,7 @@ def test_ends_may_be_of_different_sources(llama: World) -> None:
     recipe = llama.recipe(SCALED)
     ends = replace(recipe, routes=(Route(blend=copy_blend("b"), groups=("embedding",)), *recipe.routes))
 
-    same(logits(llama.stacks.build(ends).model), logits(by_hand(llama, stack)))
+    assert_same(logits(llama.stacks.build(ends).model), logits(by_hand(llama, stack)))
 
 
 def test_layers_that_cannot_be_scaled_in_weights_can_be_live(tmp_path: Path) -> None:
@@ -358,9 +358,9 @@ def test_layers_that_cannot_be_scaled_in_weights_can_be_live(tmp_path: Path) -> 
     world = world_of("olmo2", tmp_path)
 
     assert world.stacks.anatomy.unscalable
-    same(logits(world.live(SCALED).model), logits(by_hand(world, SCALED)))
+    assert_same(logits(world.live(SCALED).model), logits(by_hand(world, SCALED)))
     back = world.export(world.recipe(PLAIN), tmp_path / "plain", [hop.layer for hop in PLAIN.hops])
-    same(logits(back), logits(world.live(PLAIN).model))
+    assert_same(logits(back), logits(world.live(PLAIN).model))
     with pytest.raises(RecipeError, match="what its layers add to the stream is not known, or cannot be scaled"):
         world.export(world.recipe(SCALED), tmp_path / "scaled", [hop.layer for hop in SCALED.hops])
     assert not (tmp_path / "scaled").exists()
@@ -379,7 +379,7 @@ def test_generation_with_keys_and_values_kept_is_generation_without(world: World
         for use_cache in (True, False):
             found_BN, found_BNV = generated(model, use_cache=use_cache)
             assert torch.equal(found_BN, tokens_BN)
-            near(found_BNV, expected_BNV)
+            assert_near(found_BNV, expected_BNV)
     assert tokens_BN.shape == (2, NEW)
     assert len(set(tokens_BN.flatten().tolist())) > 2
 
@@ -396,7 +396,7 @@ def test_stacks_of_the_same_layers_do_not_disturb_each_other(world: World) -> No
         (two, generated(by_hand(world, other), use_cache=True)),
     ):  # fmt: skip
         assert torch.equal(found[0], expected[0])
-        near(found[1], expected[1])
+        assert_near(found[1], expected[1])
 
 
 # --- memory
@@ -453,7 +453,7 @@ def test_what_stacks_are_put_into_needs_no_memory_for_layers(llama: World) -> No
     layers = list(layers_of(shell))
     stacks = Stacks(llama.folders["a"], llama.resident, "float32")
     stacks.adopt(shell)
-    same(logits(stacks.build(llama.recipe(SCALED)).model), logits(by_hand(llama, SCALED)))
+    assert_same(logits(stacks.build(llama.recipe(SCALED)).model), logits(by_hand(llama, SCALED)))
 
     assert len(layers) == DEPTH
     assert len(layers_of(shell)) == 0
@@ -523,7 +523,7 @@ def test_layers_of_a_source_that_is_a_recipe(world: World, tmp_path: Path) -> No
         expected = built[tensor] if source == "winner" else world.resident.tensor(source, tensor)
         assert torch.equal(parameter, expected), name
 
-    near(logits(world.export(recipe, tmp_path / "out", [hop.layer for hop in stack.hops])), logits(model))
+    assert_near(logits(world.export(recipe, tmp_path / "out", [hop.layer for hop in stack.hops])), logits(model))
 
 
 def test_a_source_that_is_a_scaled_stack(llama: World) -> None:
@@ -531,7 +531,7 @@ def test_a_source_that_is_a_scaled_stack(llama: World) -> None:
     inner = hops(("a", 0, 2.0), ("b", 1, 0.75), ("b", 1, 1.0), ("a", 3, 1.5))
     recipe = copy_of(Source(name="winner", recipe=llama.recipe(inner)), DEPTH, "float32")
 
-    near(logits(llama.stacks.build(recipe).model), logits(by_hand(llama, inner)))
+    assert_near(logits(llama.stacks.build(recipe).model), logits(by_hand(llama, inner)))
 
 
 def test_layers_of_merges_are_built_once(llama: World) -> None:
@@ -569,8 +569,8 @@ def test_a_recipe_that_is_no_stack_is_the_model_that_it_makes(
     recipe = replace(blend({"a": 0.5, "b": 0.5}, *layers), sources=world.sources)
     live, back = world.stacks.build(recipe).model, world.export(recipe, tmp_path / "out", None)
 
-    near(logits(live), logits(average(world)))
-    same(logits(live), logits(back))
+    assert_near(logits(live), logits(average(world)))
+    assert_same(logits(live), logits(back))
     assert equal(parameters(live), parameters(back))
 
 
@@ -582,7 +582,7 @@ def test_kinds_of_layers_follow_a_recipe_that_is_no_stack(gemma: World, tmp_path
 
     assert list(back.config.layer_types) == [FULL, SLIDING, SLIDING, FULL]
     assert list(live.config.layer_types) == list(back.config.layer_types)
-    same(logits(live), logits(back))
+    assert_same(logits(live), logits(back))
 
 
 # --- watching
@@ -618,7 +618,7 @@ def test_a_watch_sees_the_stream_between_hops(world: World) -> None:
 
     assert list(notes.taken) == list(notes.left) == list(range(len(SCALED.hops)))
     for k, out in expected.items():
-        same(notes.left[k], out)
+        assert_same(notes.left[k], out)
         if k + 1 in notes.taken:
             assert torch.equal(notes.taken[k + 1], notes.left[k])
 
@@ -696,5 +696,5 @@ def test_kinds_that_a_config_leaves_out_are_written(tmp_path: Path) -> None:
 
         kinds = [(SLIDING, FULL)[depth % 2] for depth in depths]
         assert json.loads((out / "config.json").read_text())["layer_types"] == kinds == list(back.config.layer_types)
-        near(logits(back), logits(by_hand(world, stack)))
-        same(logits(world.live(stack).model), logits(by_hand(world, stack)))
+        assert_near(logits(back), logits(by_hand(world, stack)))
+        assert_same(logits(world.live(stack).model), logits(by_hand(world, stack)))
