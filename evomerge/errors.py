@@ -14,7 +14,12 @@
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
+from pathlib import Path
+
+#: What the operating system says where there is no room: on the disk, in a quota, or under a limit of file sizes.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class EvomergeError(Exception):
@@ -51,6 +56,18 @@ class CandidateError(EvomergeError):
 
 class ExportError(EvomergeError):
     """An exported model does not give the answers that were scored."""
+
+
+def unwritten(path: Path, problem: OSError, then: str) -> str:
+    """Return the line for a file that could not be written.
+
+    Args:
+        path: the file, or the folder.
+        problem: what the operating system said.
+        then: what to do when there is room again, or when the cause is mended.
+    """
+    first = "free space" if problem.errno in FULL else "mend that"
+    return f"{path}: cannot be written ({problem.strerror}); {first}, then {then}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -27,8 +27,9 @@ from evomerge.models.resident import OnDisk
 from evomerge.models.save import save
 from evomerge.recipe import Recipe, models_of, to_yaml
 from evomerge.run import Run
-from evomerge.spaces.proposals import baselines, recipe_of
+from evomerge.spaces.proposals import recipe_of
 from evomerge.value import plain
+from evomerge.whole import write_whole
 
 #: Share of items that may come out differently when a model is reloaded (other batches, other kernels).
 TOLERANCE = 0.01
@@ -41,6 +42,9 @@ MERGEKIT = "mergekit_config.yml"
 
 #: The splits whose answers a reloaded model is compared with: the first for which there are any.
 _SPLITS = ("validation", "test", "search")
+
+#: What to do about a file that could not be written.
+_AGAIN = "export again: evomerge export"
 
 
 def export_models(
@@ -69,18 +73,18 @@ def export_models(
         LedgerError: if the experiment does not make the recipe that was scored.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    known = baselines(experiment.space, experiment.baselines, experiment.file.baselines.lambdas)
     entries, folders = [], []
     for number in numbers:
-        recipe = recipe_of(known, experiment.space, run.asked[number])
+        recipe = recipe_of(experiment.proposals, experiment.space, run.asked[number])
         folder = directory / _folder_name(run, number)
         check = _write(experiment, run, recipe, number, _recorded(events, number), folder)
         entries.append(_entry(run, recipe, number, folder, check))
         folders.append(folder)
         what = f"; {entries[-1]['stack']}" if experiment.stacked and entries[-1]["stack"] else ""
         say(f"{folder}: reloaded, {check['items']} items asked again, {check['differ']} differ{what}")
-    _replace(directory / "index.json", json.dumps(_index(directory, entries), indent=2) + "\n")
-    _replace(directory / "README.md", _overview(experiment, run, _index(directory, entries)))
+    index = json.dumps(_index(directory, entries), indent=2) + "\n"
+    write_whole(directory / "index.json", index, _AGAIN)
+    write_whole(directory / "README.md", _overview(experiment, run, json.loads(index)), _AGAIN)
     return folders
 
 
@@ -265,9 +269,3 @@ def _card(experiment: Experiment, run: Run, recipe: Recipe, number: int, beyond:
         ],
         recipe,
     )
-
-
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)

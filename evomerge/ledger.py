@@ -1,6 +1,6 @@
 """The ledger: the append-only record of a run, from which everything else is derived."""
 
-import fcntl
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from evomerge.errors import LedgerError, nearest
+from evomerge.errors import FULL, LedgerError, nearest, unwritten
 from evomerge.genome import Genome
+from evomerge.holder import Hold
 from evomerge.objective import Objective
 from evomerge.value import canonical, encoded, parse, plain, value
 
@@ -45,7 +46,8 @@ class Started:
 class Asked:
     """A candidate was proposed.
 
-    `origin` says by whom: source, average, arithmetic (the baselines), probe, warmup or search.
+    `origin` says by whom: source, average, arithmetic (the baselines), method, earlier, file (warm starts), probe,
+    warmup or search.
     `same_as` names an earlier candidate whose recipe is the same: its answers count for both.
     """
 
@@ -165,6 +167,10 @@ class Ledger:
     Opening it forgives a torn last line (a write that a crash cut short): the line is
     removed from the file. A broken line anywhere else is refused.
 
+    What is appended is handed to the operating system at once, so that it outlives this process, and is on the disk,
+    so that it outlives the machine, when `sync` returns. Where that fails, because the disk is full or otherwise, the
+    file is cut back to what it last held for sure, and the ledger takes no more: opened again, it goes on from there.
+
     Raises:
         LedgerError: if it cannot be written, another process has it open, or a line is broken.
     """
@@ -173,30 +179,71 @@ class Ledger:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab")
+            self._file = path.open("ab", buffering=0)
         except OSError as problem:
+            if problem.errno in FULL:
+                raise LedgerError(unwritten(path, problem, "start again")) from None
             raise LedgerError(f"{path}: cannot be written ({problem.strerror}); give another folder") from None
         try:
-            self._lock()
-            self.past = read(path)
-            self._file.truncate(_whole_bytes(path))
+            self._hold = Hold(path, self._file.fileno())
         except BaseException:
             self._file.close()
             raise
+        self._failed = False
+        try:
+            self.past = read(path)
+            self._size = self._synced = _whole_bytes(path)
+            self._file.truncate(self._size)
+            os.fsync(self._file.fileno())  # what an earlier process appended may not be on the disk yet
+        except BaseException:
+            self._release()
+            raise
 
     def append(self, event: Event) -> None:
-        """Write an event and wait until it is on the disk."""
+        """Write an event; it is on the disk after the next `sync`.
+
+        Raises:
+            LedgerError: if there is no room for it; the file then ends with the event before it.
+        """
+        if self._hold.due():
+            self._hold.renew()
         self.write(line(event))
 
     def write(self, data: bytes) -> None:
-        """Write bytes, flush and fsync."""
-        self._file.write(data)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Hand bytes to the operating system, all or none."""
+        if self._failed:
+            raise LedgerError(f"{self._path}: an earlier write failed; go on with: evomerge resume {self._path.parent}")
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as problem:
+            raise self._cut(self._size, problem) from None
+        self._size += len(data)
+
+    def sync(self) -> None:
+        """Force to the disk all that was appended since the last time; does nothing where nothing was.
+
+        Raises:
+            LedgerError: if that fails; the file is then cut back to what was on the disk before.
+        """
+        self._hold.renew()
+        if self._failed or self._synced == self._size:
+            return
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as problem:
+            raise self._cut(self._synced, problem) from None
+        self._synced = self._size
 
     def close(self) -> None:
-        """Release the file."""
-        self._file.close()
+        """Force what was appended to the disk and release the file."""
+        if self._file.closed:
+            return
+        try:
+            self.sync()
+        finally:
+            self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -206,13 +253,16 @@ class Ledger:
     ) -> None:
         self.close()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise LedgerError(
-                f"{self._path}: another evomerge is writing this run; wait for it, or stop it first"
-            ) from None
+    def _release(self) -> None:
+        self._hold.release()
+        self._file.close()
+
+    def _cut(self, size: int, problem: OSError) -> LedgerError:
+        """Cut the file back after a failed write and return the error to raise."""
+        self._failed = True
+        with contextlib.suppress(OSError):  # a torn last line is forgiven when the file is opened again
+            self._file.truncate(size)
+        return LedgerError(unwritten(self._path, problem, f"go on with: evomerge resume {self._path.parent}"))
 
 
 def line(event: Event) -> bytes:

@@ -21,8 +21,20 @@ def dominates(first: Sequence[float], second: Sequence[float]) -> bool:
 
 
 def front(losses: ArrayLike) -> NDArray[np.bool_]:
-    """Return which candidates no other one dominates; equal candidates are all kept. Shape (candidates,)."""
-    best: NDArray[np.bool_] = ranks(losses, deepest=0) == 0
+    """Return which candidates no other one dominates; equal candidates are all kept. Shape (candidates,).
+
+    In lexicographic order a candidate stands before all that it dominates. So the first that is left belongs to the
+    front, and takes away what it dominates (Kung, Luccio, Preparata 1975, "On finding the maxima of a set of vectors").
+    """
+    points = _matrix(losses)
+    best = np.zeros(len(points), dtype=bool)
+    left = np.lexsort(points.T[::-1])
+    while left.size:
+        first, others = points[left[0]], points[left]
+        best[left[0]] = True
+        beaten = (first <= others).all(axis=1) & (first < others).any(axis=1)
+        beaten[0] = True
+        left = left[~beaten]
     return best
 
 

@@ -6,7 +6,8 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
@@ -26,13 +27,33 @@ def value(cls: type[T]) -> type[T]:
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
+#: What is its own JSON form, and most of what there is.
+_SCALARS = frozenset((str, int, float, bool, type(None)))
+
+
+@lru_cache(maxsize=256)
+def _names(kind: Any) -> tuple[str, ...] | None:
+    """Return the names of the fields of a class of values; None for any other class."""
+    return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else None
+
+
+@lru_cache(maxsize=256)
+def _hints(kind: Any) -> Mapping[str, Any]:
+    """Return the types of the fields of a class of values; they are looked up by name, which is slow."""
+    return typing.get_type_hints(kind)
+
+
 def plain(thing: object) -> Plain:
     """Return the JSON form of values, mappings, sequences and scalars.
 
     Fields that equal their default are kept, so that a written file says all that was decided.
     """
-    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        return {field.name: plain(getattr(thing, field.name)) for field in dataclasses.fields(thing)}
+    kind = type(thing)
+    if kind in _SCALARS:
+        return thing
+    names = _names(typing.cast(Hashable, kind))
+    if names is not None:
+        return {name: plain(getattr(thing, name)) for name in names}
     if isinstance(thing, Mapping):
         return {str(key): plain(item) for key, item in thing.items()}
     if isinstance(thing, list | tuple):
@@ -98,7 +119,7 @@ def parse(
     """
     if not isinstance(data, Mapping):
         raise error(f"{place}: expected a mapping for {cls.__name__}, got {_named(data)}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(typing.cast(Hashable, cls))
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]  # cls is a dataclass by contract
     for key in data:
         if key not in fields:
@@ -123,6 +144,8 @@ def _convert(hint: Any, data: Plain, place: str, error: type[InvalidInput]) -> A
     if origin is tuple:
         if not isinstance(data, list | tuple):
             raise error(f"{place}: expected a list, got {_named(data)}")
+        if arguments[0] is float and all(type(item) is float for item in data) and all(map(math.isfinite, data)):
+            return tuple(data)  # a ledger has millions of them
         return tuple(_convert(arguments[0], item, f"{place}[{i}]", error) for i, item in enumerate(data))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(data, Mapping):

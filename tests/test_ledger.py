@@ -1,11 +1,16 @@
 """The ledger: what is written comes back bit for bit, torn tails are forgiven, everything else is refused."""
 
+import errno
 import fcntl
 import json
 import os
+import platform
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import get_args
 
 import pytest
@@ -33,6 +38,7 @@ from evomerge.ledger import (
 )
 from evomerge.objective import Objective
 from evomerge.value import plain
+from tests.full import full_beyond
 
 REALS = st.floats(allow_nan=False, allow_infinity=False)
 ROWS = st.lists(REALS, max_size=3).map(tuple)
@@ -186,13 +192,79 @@ def test_appending_goes_on_where_the_file_ends(tmp_path):
     assert read(path) == (STARTED, ASKED, ANSWERED)
 
 
-def test_an_event_is_on_the_disk_before_append_returns(tmp_path, monkeypatch):
-    """After each event the file is synchronised, with the whole line in it."""
+def test_an_event_is_with_the_operating_system_before_append_returns(tmp_path):
+    """A process that is killed right after it loses nothing: another one reads the whole line."""
+    path = tmp_path / "ledger.jsonl"
+    code = (
+        "import os, signal; from pathlib import Path; from evomerge.ledger import Ledger, Warned; "
+        f"Ledger(Path({str(path)!r})).append(Warned(text='so')); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert read(path) == (Warned(text="so"),)
+
+
+def test_sync_forces_to_the_disk_what_was_appended_and_is_free_where_nothing_was(tmp_path, monkeypatch):
+    """Many events cost one fsync; opening and closing see to what is left."""
     path, seen = tmp_path / "ledger.jsonl", []
     monkeypatch.setattr("evomerge.ledger.os.fsync", lambda handle: seen.append(os.fstat(handle).st_size))
-    write(path, STARTED, ASKED)
+    sizes = [0, len(line(STARTED) + line(ASKED)), len(line(STARTED) + line(ASKED) + line(TOLD))]
+    with Ledger(path) as book:
+        assert seen == sizes[:1]
+        book.append(STARTED)
+        book.append(ASKED)
+        assert seen == sizes[:1]
+        book.sync()
+        book.sync()
+        assert seen == sizes[:2]
+        book.append(TOLD)
+    assert seen == sizes
+    book.close()
+    with Ledger(path):
+        pass
 
-    assert seen == [len(line(STARTED)), len(line(STARTED) + line(ASKED))]
+    assert seen == [*sizes, sizes[-1]]
+
+
+@pytest.mark.parametrize("fits", [0, 1, len(line(ASKED)) - 1])
+def test_a_full_disk_keeps_every_whole_line(fits, tmp_path):
+    """What still fitted of the line is removed, and the same ledger goes on when there is room again."""
+    path = tmp_path / "ledger.jsonl"
+    book = Ledger(path)
+    book.append(STARTED)
+    with full_beyond(len(line(STARTED)) + fits), pytest.raises(LedgerError) as caught:
+        book.append(ASKED)
+    assert str(caught.value) == (
+        f"{path}: cannot be written (File too large); free space, then go on with: evomerge resume {tmp_path}"
+    )
+    assert path.read_bytes() == line(STARTED)
+    with pytest.raises(LedgerError, match=f"earlier write failed; go on with: evomerge resume {tmp_path}"):
+        book.append(TOLD)
+    book.close()
+    write(path, ASKED)
+
+    assert read(path) == (STARTED, ASKED)
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_what_cannot_be_forced_to_the_disk_is_taken_back(reason, tmp_path, monkeypatch):
+    """Some file systems find out only then that they are full; what had been forced there before stays."""
+    path = tmp_path / "ledger.jsonl"
+    book = Ledger(path)
+    book.append(STARTED)
+    book.sync()
+    book.append(ASKED)
+
+    def fsync(handle):
+        raise OSError(reason, os.strerror(reason))
+
+    with monkeypatch.context() as broken:
+        broken.setattr("evomerge.ledger.os.fsync", fsync)
+        with pytest.raises(LedgerError, match=f"{os.strerror(reason)}.*then go on with: evomerge resume"):
+            book.sync()
+    book.close()
+
+    assert read(path) == (STARTED,)
 
 
 def test_a_file_cut_at_any_byte_gives_its_whole_lines(tmp_path):
@@ -282,7 +354,9 @@ def test_one_process_writes_at_a_time(tmp_path):
     """A second one is told who holds the run; once the first is done, or dead, the way is free."""
     path = tmp_path / "ledger.jsonl"
     with Ledger(path):
-        with pytest.raises(LedgerError, match="another evomerge is writing this run; wait for it, or stop it first"):
+        since = datetime.fromtimestamp(time.time(), UTC)
+        who = f"process {os.getpid()} on {platform.node()}, since {since:%Y-%m-%d}"
+        with pytest.raises(LedgerError, match=f"is writing this run .{who}.*; wait for it, or stop it first"):
             Ledger(path)
         code = f"import fcntl; fcntl.flock(open({str(path)!r}, 'ab'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
         assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 1

@@ -110,6 +110,11 @@ class HarnessTask:
             for item in self.splits.get(split, ())
         )
 
+    def contents(self, split: str) -> tuple[str, ...]:
+        """Return the content address of each item of a split, with its prompt and its grading."""
+        shared = [self.config, plain(self.measure)]
+        return tuple(digest([digest(item), *shared]) for item in self.splits.get(split, ()))
+
     def strata(self, split: str) -> tuple[str, ...]:
         """Return the name of each item's task, where there are several."""
         leaves = {item.leaf for items in self.splits.values() for item in items}

@@ -99,6 +99,11 @@ class JsonlTask:
         """Return the ids of a split's items."""
         return tuple(item.id for item in self._items(split))
 
+    def contents(self, split: str) -> tuple[str, ...]:
+        """Return the content address of each item of a split, with its prompt and its grading."""
+        shared = [self.preamble, _content(self.measure)]
+        return tuple(digest([_content(item), *shared]) for item in self.splits.get(split, ()))
+
     def strata(self, split: str) -> tuple[str, ...]:
         """Return the strata of a split's items."""
         return tuple(item.stratum for item in self._items(split))

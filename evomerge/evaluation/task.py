@@ -64,6 +64,13 @@ class Task(Protocol):
         """Return the stable names of a split's items."""
         ...
 
+    def contents(self, split: str) -> tuple[str, ...]:
+        """Return the content address of each item of a split: all that its response depends on beside the models.
+
+        Other items, and the sizes of the splits, are no part of it.
+        """
+        ...
+
     def strata(self, split: str) -> tuple[str, ...]:
         """Return one label for each item of a split: its subtask, its language, or nothing."""
         ...

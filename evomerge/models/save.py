@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evomerge.errors import ModelError
+from evomerge.errors import FULL, EvomergeError, ModelError, unwritten
 from evomerge.models.architecture import place, renamed, reshaped, text_part
 from evomerge.models.checkpoint import Checkpoint
 from evomerge.value import value
@@ -71,6 +71,7 @@ def save(
     Raises:
         ModelError: if the folder exists, or tensors are missing, unknown, twice there, of another
             shape or of another dtype.
+        EvomergeError: if the disk is full.
     """
     directory = Path(directory)
     if directory.exists() and not replace:
@@ -79,17 +80,21 @@ def save(
     partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
     directory.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
+    slots = _slots(template, layers, dtype, shard_bytes)
     partial.mkdir()
     try:
-        _write_tensors(stream, _slots(template, layers, dtype, shard_bytes), partial)
+        _write_tensors(stream, slots, partial)
         _write_json(partial / "config.json", reshaped(_full_config(template, layers), layers, dtype))
         _copy_files(template, partial)
         for name, text in (extra_files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
         _flush(partial)
         _swap(partial, directory)
-    except BaseException:
+    except BaseException as problem:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(problem, OSError) and problem.errno in FULL:
+            way = f"write the model again: it needs {sum(slot.bytes for slot in slots.values()) / 1e6:,.1f} MB"
+            raise EvomergeError(unwritten(directory, problem, way)) from None
         raise
 
 

@@ -412,6 +412,9 @@ def test_the_fingerprint_is_of_content_and_grading_alone(catalogue, tmp_path):
         file.write("# changed\n")
     changed = build(copy, "tiny_wikitext")
     assert len({one.fingerprint for one in [task, *arc, *gsm, changed]}) == 10
+    assert task.contents("search") == elsewhere.contents("search") == renamed.contents("search")
+    assert len({one.contents("search")[0] for one in [task, *arc, *gsm, changed]}) == 10
+    assert task.cut({"search": 1}).contents("search") == task.contents("search")[:1]
 
 
 def test_another_process_grades_the_same(catalogue, tmp_path):

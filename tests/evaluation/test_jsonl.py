@@ -105,6 +105,21 @@ def test_graders_that_compare_with_nothing_need_no_answer(tmp_path):
     assert read(write(tmp_path, rows)).splits["search"][1].row == {}
 
 
+def test_the_content_of_an_item_is_its_own_prompt_answers_and_grading(tmp_path):
+    """Neither other items nor the task's name change it; the preamble, the grader or the item's own text do."""
+    task = read(write(tmp_path))
+    whole = [*task.contents("search"), *task.contents("validation")]
+    assert len(set(whole)) == 3
+    assert read(write(tmp_path, rows=ROWS[1:]), "other").contents("search") == (whole[1],)
+    assert task.cut({"search": 1}).contents("search") == (whole[0],)
+    assert task.cut({"search": 0}).contents("search") == ()
+
+    changes = ({"preamble": "x"}, {"grade": {"regex": "(.)"}}, {"max_new_tokens": 3}, {"prompt": "{prompt} "})
+    others = [read(write(tmp_path, **change)).contents("search")[0] for change in changes]
+    others.append(read(write(tmp_path, rows=[{**ROWS[0], "answer": "7"}, *ROWS[1:]])).contents("search")[0])
+    assert len({whole[0], *others}) == 6
+
+
 def test_a_row_that_has_no_content_address_is_refused(tmp_path):
     """A row that is kept for a function must not hold NaN, which no JSON has."""
     (tmp_path / "g.py").write_text("def f(text, row):\n    return 1\n")

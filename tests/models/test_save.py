@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evomerge.errors import CandidateError, ModelError
+from evomerge.errors import CandidateError, EvomergeError, ModelError
 from evomerge.models import save as save_module
 from evomerge.models.checkpoint import Checkpoint
 from evomerge.models.materialize import materialize
 from evomerge.models.resident import OnDisk, Resident
 from evomerge.models.save import save
 from evomerge.recipe import Blend, Recipe, Route, Source
+from tests.full import full_beyond
 
 
 def recipe(names: tuple[str, ...], depths: tuple[int, ...], dtype: str = "bfloat16", method: str = "linear") -> Recipe:
@@ -150,6 +151,20 @@ def test_a_kill_leaves_no_folder_that_looks_complete(family: dict[str, Path], tm
     assert [entry.name for entry in tmp_path.iterdir()] == [f".out.partial-{pid}"]
     save(materialize(LLAMA, Resident(family)), Checkpoint(family["base"]), tmp_path / "out", dtype="bfloat16")
     assert Checkpoint(tmp_path / "out").depth == 3
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000])
+def test_a_full_disk_is_one_line_and_leaves_nothing(family: dict[str, Path], tmp_path: Path, size: int) -> None:
+    """Whether it is a header, a config or a tensor that no longer fits, the line says how much room is needed."""
+    stream = materialize(LLAMA, Resident(family))
+
+    with full_beyond(size), pytest.raises(EvomergeError) as caught:
+        save(stream, Checkpoint(family["base"]), tmp_path / "out", dtype="bfloat16")
+    assert str(caught.value) == (
+        f"{tmp_path / 'out'}: cannot be written (File too large); free space, then write the model again: "
+        "it needs 0.0 MB"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_is_refused_or_replaced_whole(family: dict[str, Path], tmp_path: Path) -> None:
