@@ -1,21 +1,26 @@
-"""Random search: uniform genomes, or a scrambled Sobol sequence, that learn nothing."""
+"""Random search: uniform genomes, spread over every axis, that learn nothing."""
 
-import warnings
 from collections.abc import Sequence
+from typing import ClassVar
 
 from evomerge.drivers.contract import Driver, Problem, check_at_least
-from evomerge.drivers.generational import Generational, Seen, generator
-from evomerge.genome import Genome, from_unit
-from evomerge.objective import Losses
+from evomerge.drivers.seen import Seen, generator
+from evomerge.drivers.serving import Result, serve
+from evomerge.genome import Genome
 from evomerge.value import value
 
 
 @value
 class Random:
-    """Settings of random search; with `sobol` the genomes fill the unit cube evenly."""
+    """Settings of random search; each batch is a Latin hypercube.
+
+    With `steady` at most `batch` genomes are in flight, each drawn by itself.
+    """
+
+    libraries: ClassVar[tuple[str, ...]] = ()
 
     batch: int = 16
-    sobol: bool = False
+    steady: bool = False
 
     def __post_init__(self) -> None:
         check_at_least("batch", self.batch, 1)
@@ -26,7 +31,7 @@ class Random:
 
     def start(self, problem: Problem) -> Driver:
         """Return a fresh driver."""
-        return Generational(_Uniform(self, problem), problem)
+        return serve(_Uniform(self, problem), problem, self.batch if self.steady else None)
 
 
 class _Uniform:
@@ -35,31 +40,23 @@ class _Uniform:
         self._problem = problem
         self._seen = Seen(problem.axes, [genome for genome, _ in problem.known], same=problem.same)
 
-    def propose(self, generation: int) -> list[Genome]:
-        """Return new genomes; what the Sobol sequence repeats after rounding is drawn uniformly."""
-        batch = self._settings.batch
-        rng = generator(self._problem.seed, "random", generation, "ask")
-        even = [genome for genome in self._sobol(generation) if self._seen.add(genome)]
-        return even + self._seen.draw(rng, batch - len(even))
+    def propose(self, step: int, factor: int = 1) -> list[Genome]:
+        """Return new genomes."""
+        wanted = factor * (1 if self._settings.steady else self._settings.batch)
+        return self._seen.draw(generator(self._problem.seed, "random", step, "ask"), wanted)
 
-    def learn(self, generation: int, genomes: Sequence[Genome], losses: Sequence[Losses | None]) -> None:
+    def drop(self, genomes: Sequence[Genome]) -> None:
+        """Forget them; they may be drawn again."""
+        self._seen.drop(genomes)
+
+    def learn(self, step: int, results: Sequence[Result]) -> None:
         """Remember what was scored."""
-        for genome in genomes:
-            self._seen.add(genome)
+        for result in results:
+            self._seen.add(result.genome)
 
-    def revise(self, index: int, losses: Losses | None) -> None:
+    def revise(self, result: Result) -> None:
         """Nothing: what was scored does not matter."""
 
-    def _sobol(self, generation: int) -> list[Genome]:
-        if not self._settings.sobol:
-            return []
-        from scipy.stats import qmc
-
-        axes, batch = self._problem.axes, self._settings.batch
-        sequence = qmc.Sobol(len(axes), rng=generator(self._problem.seed, "random", 0, "scramble"))
-        if generation > 0:  # scipy overflows on 0
-            sequence.fast_forward(generation * batch)
-        with warnings.catch_warnings():
-            # The balance of the whole sequence is lost if a batch is not a power of two: the user's choice.
-            warnings.simplefilter("ignore", UserWarning)
-            return [from_unit(axes, point) for point in sequence.random(batch)]
+    def inject(self, result: Result) -> None:
+        """Remember what was scored."""
+        self._seen.add(result.genome)

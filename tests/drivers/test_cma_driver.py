@@ -61,7 +61,7 @@ def test_minimises_the_weighted_sum():
     """Two bowls weighed 1 to 3 have their sum's least point at the weighted mean of the centres."""
     axes = CUBE[:2]
     bowls = lambda g: (sum((x - 0.2) ** 2 for x in g), sum((x - 0.6) ** 2 for x in g))  # noqa: E731
-    driver = Cma().start(Problem(axes=axes, objectives=2, seed=0, weights=(1.0, 3.0)))
+    driver = Cma(scalarise="sum").start(Problem(axes=axes, objectives=2, seed=0, weights=(1.0, 3.0)))
 
     last = search(driver, bowls, 300)[-6:]
 

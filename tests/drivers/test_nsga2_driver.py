@@ -5,7 +5,7 @@ import pytest
 
 from evomerge import pareto
 from evomerge.drivers import Nsga2, Problem
-from evomerge.drivers.nsga2 import _cross, _hoped, _mutate
+from evomerge.drivers.breeding import cross, hoped, mutate
 from evomerge.genome import Choice, Real, Whole, to_unit
 
 AXES = (
@@ -53,7 +53,7 @@ def learned(revisions):
         driver.revise(index, losses)
     for index in range(6, 12):
         driver.tell(index, driver.ask(), (3.0, 3.0))
-    return sorted(driver._strategy._population.get("F")[:, 0].tolist())
+    return sorted(driver.strategy._population.get("F")[:, 0].tolist())
 
 
 def test_a_revised_individual_counts_by_what_is_known_now():
@@ -93,7 +93,7 @@ def test_children_inherit_options():
     one, two = to_unit(AXES, (0.2, 1, "a")), to_unit(AXES, (0.8, 3, "e"))
     pairs = np.stack([np.tile(one, (400, 1)), np.tile(two, (400, 1))])
 
-    children = _cross(pairs, AXES, Nsga2(), np.random.default_rng(0))
+    children = cross(pairs, AXES, Nsga2(), np.random.default_rng(0))
 
     options = [AXES[2].from_unit(u) for u in children[0, :, 2]]
     assert set(options) == {"a", "e"}
@@ -107,14 +107,14 @@ def test_no_crossover_copies_the_parents():
     """At a crossover rate of zero, children are their parents."""
     pairs = np.random.default_rng(0).random((2, 9, 3))
 
-    assert (_cross(pairs, AXES, Nsga2(crossover_rate=0.0), np.random.default_rng(1)) == pairs).all()
+    assert (cross(pairs, AXES, Nsga2(crossover_rate=0.0), np.random.default_rng(1)) == pairs).all()
 
 
 def test_mutation_moves_integers_and_options():
     """At a rate of one every option changes, to each other one, and every inner integer moves by one or more."""
     points = np.tile(to_unit(AXES, (0.5, 2, "c")), (300, 1))
 
-    mutants = _mutate(points, AXES, Nsga2(mutation_rate=1.0), np.random.default_rng(0))
+    mutants = mutate(points, AXES, Nsga2(mutation_rate=1.0), np.random.default_rng(0))
 
     assert {option for _, _, option in mutants} == {"a", "b", "d", "e"}
     assert {k for _, k, _ in mutants} >= {1, 3}
@@ -126,7 +126,7 @@ def test_no_mutation_keeps_genomes():
     """At a rate of zero nothing changes."""
     genome = (0.25, 3, "b")
 
-    mutants = _mutate(to_unit(AXES, genome)[None], AXES, Nsga2(mutation_rate=0.0), np.random.default_rng(0))
+    mutants = mutate(to_unit(AXES, genome)[None], AXES, Nsga2(mutation_rate=0.0), np.random.default_rng(0))
 
     assert mutants == [(pytest.approx(0.25, abs=1e-15), 3, "b")]
 
@@ -196,11 +196,11 @@ def test_without_a_space_that_draws_the_first_population_is_a_latin_hypercube():
 def test_children_take_a_step_that_the_space_hopes_much_of():
     """One of a drawn genome's options and integers on average, each as often, and never a real number."""
     child, drawn, rng = (0.5, 1, "a"), (0.25, 3, "d"), np.random.default_rng(0)
-    found = [_hoped(child, drawn, AXES, rng) for _ in range(2000)]
+    found = [hoped(child, drawn, AXES, rng) for _ in range(2000)]
     taken = np.array([[gene == other for gene, other in zip(each, drawn, strict=True)] for each in found])
 
     assert all(gene in pair for each in found for gene, pair in zip(each, zip(child, drawn, strict=True), strict=True))
     assert not taken[:, 0].any()
     # one of two, within four standard errors
     assert np.abs(taken[:, 1:].mean(axis=0) - 0.5).max() < 4 * np.sqrt(0.25 / 2000)
-    assert _hoped((0.5,), (0.25,), AXES[:1], rng) == (0.5,)
+    assert hoped((0.5,), (0.25,), AXES[:1], rng) == (0.5,)

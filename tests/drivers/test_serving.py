@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evomerge.drivers import Generational, Problem
-from evomerge.drivers.generational import Seen, generator, latin
+from evomerge.drivers.seen import Seen, generator, latin
 from evomerge.genome import ActiveIf, Choice, Real, Whole, from_unit
 
 AXES = (Whole(name="k", low=0, high=99),)
@@ -20,18 +20,26 @@ class Recorder:
     def __init__(self, *sizes):
         self.sizes, self.taught, self.proposals = sizes, [], 0
 
-    def propose(self, generation):
+    def propose(self, step, factor=1):
         """Return numbered genomes."""
         self.proposals += 1
-        return [(10 * generation + i,) for i in range(self.sizes[generation])]
+        return [(10 * step + i,) for i in range(self.sizes[step])]
 
-    def learn(self, generation, genomes, losses):
+    def drop(self, genomes):
+        """Refuse: nobody drops any."""
+        raise AssertionError(genomes)
+
+    def learn(self, step, results):
         """Write everything down."""
-        self.taught.append((generation, list(genomes), list(losses)))
+        self.taught.append((step, [r.genome for r in results], [r.losses for r in results]))
 
-    def revise(self, index, losses):
+    def revise(self, result):
         """Write it down."""
-        self.taught.append((index, losses))
+        self.taught.append((result.index, result.losses))
+
+    def inject(self, result):
+        """Write it down."""
+        self.taught.append((result.index, result.genome, result.losses))
 
 
 def test_strategy_learns_whole_generations_in_index_order():
