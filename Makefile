@@ -8,7 +8,10 @@
 # make fitness  compare the estimators on simulated responses, or on those in the folder RESPONSES
 # make engine   time the engine against lm-eval's own model class
 # make prefixes measure what stacks that begin alike share, and what building a stack costs
+# make cluster  measure two workers against one, idle workers, and what the driver costs and takes to resume
 # make stacks   compare searches over stacks: edits against the published data flow space
+# make search   compare drivers on stand-ins for real evaluations, hundreds of runs; --write renews docs/search.md
+# make memory   compare the predicted peak of a worker's memory with the measured one
 # make lines    compare every compiled method with its plain run
 # make clean    remove what these targets made; runs/ stays
 #
@@ -28,7 +31,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint torture claims methods speed fitness engine prefixes stacks lines clean
+.PHONY: demo test lint torture claims methods speed fitness engine prefixes cluster stacks search memory lines clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -63,8 +66,17 @@ engine: $(VENV)/.installed-test
 prefixes: $(VENV)/.installed
 	$(SINGLE) $(BIN)/python experiments/benchmarks/prefix.py
 
+cluster: $(VENV)/.installed
+	$(SINGLE) $(BIN)/python experiments/benchmarks/cluster.py
+
 stacks: $(VENV)/.installed
 	$(SINGLE) $(BIN)/python experiments/benchmarks/stacks.py
+
+search: $(VENV)/.installed
+	$(SINGLE) $(BIN)/python experiments/benchmarks/search.py
+
+memory: $(VENV)/.installed
+	$(SINGLE) $(BIN)/python experiments/benchmarks/memory.py
 
 lines: $(VENV)/.installed-test
 	$(SINGLE) EVOMERGE_EVERY_LINE=1 $(BIN)/python -m pytest tests/operators/test_fused.py -k every

@@ -18,15 +18,18 @@ from rich.table import Table
 from rich.text import Text
 
 from evomerge import __version__, library
-from evomerge.errors import EvomergeError, ExperimentError, InvalidInput, nearest
+from evomerge.errors import EvomergeError, ExperimentError, InvalidInput, LedgerError, nearest
+from evomerge.whole import write_whole
 
 if TYPE_CHECKING:
     from evomerge.experiment import Experiment, Stages
+    from evomerge.experiment.entries import RayEntry
     from evomerge.ledger import Event
     from evomerge.oneoff import OneOff
     from evomerge.pool import Pool
     from evomerge.report import Progress
     from evomerge.run import Run
+    from evomerge.search import Watching
 
 app = typer.Typer(
     help="Search for the best single models that can be merged from several fine-tuned ones.",
@@ -44,6 +47,9 @@ err = Console(stderr=True, highlight=False)
 
 #: What a run in stages has in its folder; see `evomerge.experiment.staging`.
 STAGES = "stages.yaml"
+
+#: What is noted of a run's workers in its folder; see `evomerge.search.watching`.
+WORKERS = "workers.json"
 
 #: Seconds between two lines of progress where there is no terminal to redraw.
 _EVERY = 10.0
@@ -116,11 +122,12 @@ def resume(folder: RunArgument) -> None:
 @_safely
 def status(folder: RunArgument) -> None:
     """Say how far a run is."""
+    from evomerge.pool import read_crew
     from evomerge.report import render_status
     from evomerge.run import open_run
 
     for each in _runs_in(folder):
-        out.print(render_status(open_run(each)))
+        out.print(render_status(open_run(each), read_crew(each / WORKERS)))
 
 
 @app.command()
@@ -180,10 +187,14 @@ def check(experiment: ExperimentArgument) -> None:
         _check_recipe(path)
     else:
         from evomerge.experiment import load, read_stages
+        from evomerge.search import needs_of
 
         stages = read_stages(path)
         for k in range(len(stages.names) if stages else 1):
-            out.print(_plan(stages.check(k) if stages else load(path)))
+            loaded = stages.check(k) if stages else load(path)
+            needs = needs_of(loaded, Path("runs"))
+            out.print(_plan(loaded, needs.rows))
+            needs.check()
     out.print(f"{path}: good", soft_wrap=True)
 
 
@@ -375,9 +386,8 @@ def _runs_in(folder: Path) -> list[Path]:
 def _conduct_stages(stages: "Stages", folder: Path) -> None:
     """Run or go on with stages, one after the other."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{STAGES}.partial"
-    partial.write_text(yaml.safe_dump(dict(stages.data), sort_keys=False), encoding="utf-8")
-    os.replace(partial, folder / STAGES)
+    text = yaml.safe_dump(dict(stages.data), sort_keys=False)
+    write_whole(folder / STAGES, text, "give the same command again", LedgerError)
     for k, name in enumerate(stages.names):
         out.print(Text(f"stage {k + 1} of {len(stages.names)}: {name}", style="bold"))
         try:
@@ -389,20 +399,31 @@ def _conduct_stages(stages: "Stages", folder: Path) -> None:
 
 def _conduct(experiment: "Experiment", folder: Path) -> None:
     """Run or go on with an experiment in a folder, export its front, and report."""
+    from evomerge.pool import memories
     from evomerge.report import Progress, render_report
     from evomerge.run import Run, open_run
-    from evomerge.search import Search, open_pool, planned_items, prepare
+    from evomerge.search import Search, Watching, needs_of, open_pool, planned_items, prepare
 
     record = prepare(experiment, folder)
     with record:
         before = Run(record.past)
-        out.print(_plan(experiment))
-        if before.finished is None:
+        if before.finished is not None:
+            out.print(_plan(experiment, {}))
+        else:
+            needs = needs_of(experiment, folder)
+            out.print(_plan(experiment, needs.rows))
+            needs.check()
             progress = Progress(planned_items(experiment), experiment.file.budget.candidates)
             if before.asked:
                 out.print(f"going on with {folder}: {len(before.told)} candidates are scored already")
             try:
-                with open_pool(experiment) as pool, _Display(progress) as display:
+                with (
+                    open_pool(experiment) as pool,
+                    Watching(pool, folder / WORKERS) as watching,
+                    _Display(progress, watching) as display,
+                ):
+                    if needs.actors is not None:
+                        needs.check_cluster(memories())
                     _estimate(experiment, pool, before)
                     display.begin()
                     Search(experiment, record, pool, display.add).run()
@@ -420,8 +441,10 @@ def _conduct(experiment: "Experiment", folder: Path) -> None:
 class _Display:
     """Shows progress: redrawn in place on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, progress: "Progress") -> None:
+    def __init__(self, progress: "Progress", watching: "Watching") -> None:
         self._progress = progress
+        self._watching = watching
+        progress.crew = watching.crew
         live = Live(console=out, refresh_per_second=4, get_renderable=progress.render)
         self._live = live if out.is_terminal else None
         self._last = 0.0
@@ -443,6 +466,7 @@ class _Display:
     def add(self, event: "Event", replayed: bool) -> None:
         """Take in an event and show it if it is time."""
         self._progress.add(event, replayed)
+        self._watching.add(event, replayed)
         if self._live is None and not replayed and time.monotonic() - self._last > _EVERY:
             self._last = time.monotonic()
             out.print(Text(self._progress.line()), soft_wrap=True)
@@ -452,9 +476,10 @@ def _estimate(experiment: "Experiment", pool: "Pool", before: "Run") -> None:
     """Time a few answers and say how long the rest will take."""
     from evomerge.search import measure_pace
 
-    workers = experiment.file.workers.count if experiment.file.workers.pool == "ray" else 1
+    workers = max(1, len(pool.workers))
     with out.status("starting the workers …"):
         pace = measure_pace(experiment, pool, workers)
+    workers = max(1, sum(worker.state in ("starting", "idle", "busy") for worker in pool.workers))
     left = pace.seconds(experiment, before.items) / workers
     out.print(
         f"estimate: at most {_duration(left)} with {workers} worker{'s' if workers > 1 else ''} "
@@ -484,15 +509,15 @@ def _export(experiment: "Experiment", folder: Path, which: str, to: Path) -> Non
     export_models(experiment, run, events, numbers, to, lambda text: out.print(f"exported {text}", soft_wrap=True))
 
 
-def _plan(experiment: "Experiment") -> Table:
-    """Return the table of what a run of this experiment is about to do."""
+def _plan(experiment: "Experiment", needs: Mapping[str, str]) -> Table:
+    """Return the table of what a run of this experiment is about to do, and of what it needs for that."""
+    from evomerge.drivers import plain_driver
     from evomerge.search import planned_items
 
     file, space = experiment.file, experiment.space
     base = f" over {Path(space.base.path).name or space.base.name}" if space.base else ""
     items = ", ".join(f"{name} {task.count('search')}" for name, task in experiment.tasks.items())
     workers = file.workers
-    where = f"{workers.count} Ray" if workers.pool == "ray" else "inline"
     plan = planned_items(experiment)
     rows = {
         "experiment": f"{file.name}, seed {file.seed}",
@@ -501,9 +526,20 @@ def _plan(experiment: "Experiment") -> Table:
         "objectives": ", ".join(f"{o.direction} {o.name}" for o in experiment.objectives),
         "items": f"search split: {items}",
         "scoring": f"{experiment.schedule.headline}; estimator {file.estimator['name']}",
-        "driver": f"{file.driver['name']}, {file.budget.candidates} candidates",
-        "workers": f"{where}, {workers.threads} thread{'s' if workers.threads > 1 else ''} each, {workers.device}",
+        "driver": f"{plain_driver(experiment.driver)['name']}, {file.budget.candidates} candidates",
+        "workers": f"{_where(file.ray)}, {workers.threads} thread{'s' if workers.threads > 1 else ''} each, "
+        f"{workers.device}",
+        **needs,
         "bank": "" if experiment.bank is None else experiment.bank.headline,
         "items to ask": f"at most {sum(plan.values()):,} ({', '.join(f'{k} {v:,}' for k, v in plan.items())})",
     }
     return _rows({heading: text for heading, text in rows.items() if text})
+
+
+def _where(ray: "RayEntry | None") -> str:
+    """Return how many workers there are, and where."""
+    if ray is None:
+        return "inline"
+    many = "Ray, as many as fit the GPUs" if ray.actors == "per_gpu" else f"{ray.actors} Ray"
+    share = f", {ray.gpus_per_worker:g} GPU each" if ray.gpus_per_worker else ""
+    return many + share + ("" if ray.address == "local" else f", at {ray.address}")

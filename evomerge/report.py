@@ -1,7 +1,7 @@
 """Shows a run to people: its state, its front beside the baselines, and its cost, as text tables."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 
 from rich import box
@@ -12,14 +12,27 @@ from rich.text import Text
 
 from evomerge.ledger import BASELINES, Event
 from evomerge.objective import Z95, Objective
+from evomerge.pool import Crew, idle_share
 from evomerge.run import Run, gains_of
 
 #: What probes of an operation are called.
 _PROBES = {"drop": "left out", "repeat": "repeated"}
 
 
-def render_status(run: Run) -> RenderableType:
-    """Return a run's state in a few lines."""
+#: What states of workers are called that do not explain themselves.
+_STATES = {"waiting": "waiting for a place", "resting": "given up for a while"}
+
+#: Seconds after which a note about workers is old: a driver writes one every few seconds.
+_OLD = 30.0
+
+
+def render_status(run: Run, crew: Crew | None = None) -> RenderableType:
+    """Return a run's state in a few lines.
+
+    Args:
+        run: the run.
+        crew: what was noted last of its workers.
+    """
     state = "finished" if run.finished else ("searching" if run.searched else "warming up")
     if run.promoted and not run.finished:
         state = "re-scoring the finalists"
@@ -34,10 +47,38 @@ def render_status(run: Run) -> RenderableType:
         "cost": " ".join(_saving(run)),
         "estimator": (run.fitted[-1].reason if run.fitted else "") or "the mean of what was asked",
         "worker time": f"{run.seconds:.0f} s",
+        **({"store": _stored(run)[0]} if run.stored else {}),
     }
     for name, text in rows.items():
         table.add_row(Text(name, style="bold"), Text(text))
-    return Group(table, *_probes(run), *_notes(run))
+    return Group(table, *_crew(run, crew), *_probes(run), *_notes(run))
+
+
+def _crew(run: Run, crew: Crew | None) -> Sequence[RenderableType]:
+    """Return how workers are doing, or were when the driver was seen last; nothing where nobody noted it."""
+    if crew is None:
+        return []
+    ago = max(0.0, time.time() - crew.time)
+    line = f"{crew.line}, {crew.failures} failed"
+    if crew.ended or run.finished:
+        return [Text(f"Workers at the end of the last session: {line}.")]
+    if ago > _OLD:
+        lost = f"Workers when the driver was seen last, {ago:.0f} s ago (process {crew.pid} on {crew.node}): {line}."
+        return [Text(f"{lost} If it is gone: evomerge resume.", style="yellow")]
+    table = Table(title=Text(f"Workers: {line}"), title_justify="left", box=box.SIMPLE)
+    for head in ("node", "process", "state", "jobs", "failed", "idle"):
+        table.add_column(head, justify="left" if head in ("node", "state") else "right")
+    for worker in crew.workers:
+        idle = idle_share([worker])
+        table.add_row(
+            Text(worker.node or "…"),
+            "…" if worker.pid is None else str(worker.pid),
+            Text(_STATES.get(worker.state, worker.state) + (f": {worker.note}" if worker.note else "")),
+            str(worker.done),
+            str(worker.failures),
+            "…" if idle is None else f"{idle:.0%}",
+        )
+    return [table]
 
 
 def render_report(run: Run) -> RenderableType:
@@ -58,7 +99,7 @@ def render_report(run: Run) -> RenderableType:
         if first_model:
             table.add_section()
         table.add_row(
-            Text(run.name(number)),
+            Text(run.title(number)),
             *(cell(run, number, objective, "test") for objective in run.objectives),
             "yes" if number in members else "",
         )
@@ -109,7 +150,12 @@ def _probes(run: Run) -> Sequence[RenderableType]:
 
 def _cost(run: Run) -> RenderableType:
     failed = f"Candidates failed: {len(run.errors)}. Worker time: {run.seconds:.0f} s."
-    return Text("\n".join([*_saving(run), *_sparing(run), failed]))
+    return Text("\n".join([*_saving(run), *_sparing(run), *_stored(run), failed]))
+
+
+def _stored(run: Run) -> list[str]:
+    """Return what a store spared the workers, in a line; nothing where it knew no whole job."""
+    return [f"Responses that a store had and no worker was asked for: {run.stored:,}."] if run.stored else []
 
 
 def _sparing(run: Run) -> list[str]:
@@ -158,6 +204,8 @@ class Progress:
 
     def __init__(self, plan: Mapping[str, int], candidates: int) -> None:
         self.run = Run()
+        #: Says how the workers are doing, once there are any.
+        self.crew: Callable[[], Crew] | None = None
         self._plan = plan
         self._candidates = candidates
         self._begun = time.monotonic()
@@ -221,4 +269,5 @@ class Progress:
             f"estimated hypervolume {self._front[1]:.4f}",
             f"{self.rate:,.0f} items/s",
             f"{self.left:.0f} s left" if self.left < float("inf") else "time left: not yet known",
+            *([] if self.crew is None else [self.crew().line]),
         ]

@@ -23,7 +23,7 @@ from evomerge.ledger import (
 from evomerge.objective import Losses, Objective, Score
 from evomerge.pareto import extremes, front, hypervolume, knee
 from evomerge.spaces.edits import NONE
-from evomerge.spaces.proposals import PROBE
+from evomerge.spaces.proposals import PROBE, WARM
 
 #: What a run asks items for: of everybody at its beginning, of the search's candidates, of some of those the rest, and
 #: of the finalists.
@@ -45,9 +45,11 @@ class Run:
         self.seconds = 0.0
         self.fitted: list[Fitted] = []
         self._answered: set[int] = set()
-        self._promoting = False
+        self._promoting: set[int] = set()
         #: Layer passes of stacks, run and spared, also in tokens; and the most bytes that a worker kept for that.
         self.layers: dict[str, int] = {}
+        #: Responses in answers that took no time: of whole jobs that a store knew.
+        self.stored = 0
         #: Items asked so far, by step.
         self.items = dict.fromkeys(STEPS, 0)
         for event in events:
@@ -66,9 +68,9 @@ class Run:
                 self.fitted.append(event)
             case Told():
                 self.told[event.candidate] = event
-                self._promoting = False
+                self._promoting.discard(event.candidate)
             case Promoted(split="search"):
-                self._promoting = True
+                self._promoting |= set(event.candidates)
             case Promoted():
                 self.promoted[event.split] = event.candidates
             case Rescored():
@@ -89,11 +91,13 @@ class Run:
         origin = self.asked[event.candidate].origin
         if step == "search" and event.error is None and origin == "search":
             self._answered.add(event.candidate)
-        if step == "search" and self._promoting:
+        if step == "search" and event.candidate in self._promoting:
             step = "promotion"
         elif step == "search" and origin != "search":
             step = "warm-up"
-        self.items[step] += sum(len(responses) for responses in event.responses.values())
+        count = sum(len(responses) for responses in event.responses.values())
+        self.items[step] += count
+        self.stored += count if event.seconds == 0.0 and event.error is None else 0
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -142,7 +146,7 @@ class Run:
 
     def front_so_far(self) -> list[int]:
         """Return the non-dominated candidates by the search split's estimates, baselines left out."""
-        found = self.losses((PROBE, "warmup", "search"))
+        found = self.losses((*WARM, PROBE, "warmup", "search"))
         if not found:
             return []
         mask = front(np.array(list(found.values())))
@@ -205,6 +209,11 @@ class Run:
         """Return what reports call a candidate."""
         event = self.asked[number]
         return event.label if event.origin in BASELINES else f"candidate {number}"
+
+    def title(self, number: int) -> str:
+        """Return what tables call a candidate: its name and, of a warm start, what it began as."""
+        event = self.asked[number]
+        return f"{self.name(number)} ({event.label})" if event.origin in WARM else self.name(number)
 
     def asking_everything(self) -> int:
         """Return the items that scoring every candidate on all search items would have asked."""

@@ -111,6 +111,7 @@ class ModelWorker:
             setup.tokens,
             trust_remote_code=setup.trust_remote_code,
             prepare=None if self._stacks is None else self._stacks.adopt,
+            say=_say,
         )
         self._live: str | None = None
         self._passed: str | None = None

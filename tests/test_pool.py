@@ -1,6 +1,7 @@
 """Pools: one contract for both, and workers that raise, hang and die."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from evomerge.errors import CandidateError, EvomergeError, ModelError
-from evomerge.pool import Answer, InlinePool, Job, Pool, RayPool, failure
+from evomerge.pool import Answer, InlinePool, Job, Pool, RayPool, WorkerStatus, failure, idle_share
+from evomerge.pool.session import capacity, connect
 from evomerge.recipe import Source, copy_of
 
 RECIPE = copy_of(Source(name="a", path="a"), 1, "float32")
@@ -46,6 +48,8 @@ class Faulty:
             os._exit(1)
         if "slow" in job.items:
             time.sleep(job.items["slow"][0] / 1000)
+        if "nap_once" in job.items and self.first_time():
+            time.sleep(60)
         return Answer(
             candidate=job.candidate,
             split=job.split,
@@ -69,6 +73,14 @@ def broken() -> Faulty:
     raise ModelError("folder x: no config.json")
 
 
+def failing_once(folder: str) -> Faulty:
+    """Fail to make the first worker."""
+    worker = Faulty(folder)
+    if worker.first_time():
+        raise ModelError("folder x: no config.json")
+    return worker
+
+
 def dying() -> Faulty:
     """Die while making a worker."""
     os._exit(1)
@@ -81,6 +93,11 @@ def drain(pool: Pool) -> dict[int, Answer]:
         answer = pool.wait()
         answers[answer.candidate] = answer
     return answers
+
+
+def all_but(idle: float, seconds: float) -> WorkerStatus:
+    """Return a worker that was idle for so long of its seconds."""
+    return WorkerStatus(node="n", pid=1, state="idle", done=1, failures=0, busy=seconds - idle, seconds=seconds)
 
 
 def warm(pool: RayPool) -> None:
@@ -161,6 +178,34 @@ class PoolContract:
         """Without a pending job there is no answer to wait for."""
         with pytest.raises(ValueError, match="no job is pending"):
             pool.wait()
+
+    def test_what_is_there_is_drained_and_nothing_twice(self, pool):
+        """Draining never waits; between them, waiting and draining give every answer once."""
+        for i in range(6):
+            pool.submit(job(i, slow=(50,)))
+        found = []
+        while pool.pending:
+            found.append(pool.wait().candidate)
+            time.sleep(0.1)
+            start = time.monotonic()
+            found += [answer.candidate for answer in pool.drain()]
+            assert time.monotonic() - start < 0.05
+
+        assert sorted(found) == list(range(6))
+        assert pool.drain() == []
+
+    def test_workers_say_what_they_did(self, pool):
+        """Jobs, failures and time are counted where they were; time at work is within time at hand."""
+        for i in range(4):
+            pool.submit(job(i, **({"wrong": ()} if i == 2 else {"slow": (100,)})))
+        drain(pool)
+        workers = pool.workers
+
+        assert sum(worker.done for worker in workers) == 4
+        assert sum(worker.failures for worker in workers) == 1
+        assert 0.3 <= sum(worker.busy for worker in workers) <= sum(worker.seconds for worker in workers)
+        assert all(worker.state in ("idle", "starting", "waiting") for worker in workers)
+        assert all(alive(worker.pid) for worker in workers if worker.done)
 
     def test_closing_twice_is_allowed(self, pool):
         """A closed pool has no jobs and can be closed again."""
@@ -257,6 +302,33 @@ class TestInline(PoolContract):
             InlinePool(Faulty, limit)
 
 
+def test_the_idle_share_is_of_all_time_at_hand():
+    """Two workers of 10 and 30 s, of which 1 and 7 were idle: 8 of 40 s; without any time there is no share."""
+    assert idle_share([all_but(1, 10), all_but(7, 30)]) == pytest.approx(0.2)
+    assert idle_share([all_but(0, 0)]) is None
+    assert idle_share([]) is None
+
+
+@pytest.mark.parametrize(
+    ("share", "workers"), [(0.5, 12), (0.3, 18), (0.4, 12), (0.1, 60), (1.0, 6), (2.0, 3), (3.0, 1), (5.0, 0)]
+)
+def test_as_many_workers_fit_as_ray_would_place(share, workers, monkeypatch):
+    """On nodes with 4, 2 and no GPUs: shares of one GPU lie within it, whole ones within a node."""
+    monkeypatch.setattr("evomerge.pool.session.living", lambda: {"a": 4.0, "b": 2.0, "c": 0.0})
+
+    assert capacity(share) == workers
+
+
+def test_an_address_where_nobody_is_is_refused_at_once(monkeypatch):
+    """One line with the address, the reason and the way out, and no minutes of trying."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    start = time.monotonic()
+    with pytest.raises(EvomergeError, match=r"ray\.address 127\.0\.0\.1:1: no Ray .*refused.*ray start --head"):
+        connect("127.0.0.1:1", None, gpus=False)
+
+    assert time.monotonic() - start < 5
+
+
 def test_a_failure_is_one_line():
     """Line ends and runs of blanks in a reason become single blanks."""
     assert failure(job(3), "a\n  b\tc", 2.0) == Answer(
@@ -327,12 +399,93 @@ class TestRay(PoolContract):
         assert answers[0].responses is None
         assert answers[1].error is None
 
+    def test_a_job_that_one_worker_hangs_over_is_given_to_another(self, tmp_path):
+        """Nothing else is left, so an idle worker takes it too; the first answer counts, and who hangs is replaced."""
+        folder = str(tmp_path)
+        with RayPool(lambda: Faulty(folder), 2) as pool:
+            warm(pool)
+            before = pool.pids
+            start = time.monotonic()
+            pool.submit(job(9, nap_once=(4,)))
+            answer = pool.wait()
+            took = time.monotonic() - start
+
+            assert answer.responses == {"nap_once": (0.4,)}
+            assert 1 < took < 20
+            warm(pool)
+            assert len({*before} & {*pool.pids}) == 1
+            assert gone({*before} - {*pool.pids})
+            assert sum(worker.failures for worker in pool.workers) == 1
+
+    def test_a_job_that_all_hang_over_is_given_to_two_at_most(self):
+        """Else it would go round for ever: it has failed when the second is past the limit too."""
+        with RayPool(Faulty, 3, LIMIT) as pool:
+            warm(pool)
+            start = time.monotonic()
+            pool.submit(job(9, nap=()))
+
+            assert pool.wait().error == f"time limit of {LIMIT} s exceeded"
+            assert time.monotonic() - start < 3 * LIMIT
+            assert sum(worker.failures for worker in pool.workers) == 2
+            assert pool.pending == 0
+
+    def test_a_job_that_two_work_on_is_answered_once(self, pool):
+        """A job that is just long is answered by who began; the other's answer is nobody's."""
+        warm(pool)
+        before = pool.pids
+        pool.submit(job(9, slow=(1400,)))  # short of the pool's limit
+        first = pool.wait()
+        assert pool.pending == 0
+        for i in range(4):
+            pool.submit(job(i, slow=(500,)))  # the other is done before these are
+        answers = [pool.wait().candidate for _ in range(4)]
+
+        assert first.candidate == 9
+        assert sorted(answers) == [0, 1, 2, 3]
+        assert pool.pending == 0
+        assert {*pool.pids} == {*before}
+
+    def test_many_jobs_that_kill_workers_stop_the_run(self):
+        """Own errors of candidates do not count; what was answered comes out first, and the line says the way out."""
+        with RayPool(Faulty, 1, attempts=1, max_failures=2) as pool:
+            for i, kind in enumerate(["wrong", "die", "wrong", "die", "sums"]):
+                pool.submit(job(i, **{kind: ()}))
+            answers = [pool.wait() for _ in range(4)]
+            with pytest.raises(EvomergeError, match=r"2 candidates failed because workers died .*candidate 3.*resume"):
+                pool.wait()
+
+        assert [answer.candidate for answer in answers] == [0, 1, 2, 3]
+
+    def test_a_worker_that_cannot_be_made_does_not_stop_the_others(self, tmp_path):
+        """As on a node that lacks a file: others answer, the seat rests with its reason, and is tried again."""
+        folder = str(tmp_path)
+        notes = set()
+        with RayPool(lambda: failing_once(folder), 2) as pool:
+            end = time.monotonic() + 30
+            while len(pool.pids) < 2 and time.monotonic() < end:
+                pool.submit(job(0, slow=(100,)))
+                assert pool.wait().error is None
+                notes |= {worker.note for worker in pool.workers if worker.state == "resting"}
+
+            assert len(pool.pids) == 2
+        assert notes == {f"worker on node {platform.node()}: folder x: no config.json"}
+
+    def test_a_small_job_costs_little(self, pool):
+        """Submitting and waiting take few milliseconds of the driver's time a job."""
+        warm(pool)
+        start = time.process_time()
+        for i in range(200):
+            pool.submit(job(i))
+        drain(pool)
+
+        assert (time.process_time() - start) / 200 < 0.010
+
     def test_a_worker_that_cannot_be_made_is_an_error(self):
-        """What the making raised in the other process comes out of wait as itself."""
+        """What the making raised in the other process comes out of wait as itself, with its node."""
         with RayPool(broken, 1) as pool:
             pool.submit(job(0))
 
-            with pytest.raises(ModelError, match=r"folder x: no config\.json"):
+            with pytest.raises(ModelError, match=rf"worker on node {platform.node()}: folder x: no config\.json"):
                 pool.wait()
 
     def test_workers_that_die_at_their_start_are_an_error(self):
@@ -340,7 +493,7 @@ class TestRay(PoolContract):
         with RayPool(dying, 1, attempts=2) as pool:
             pool.submit(job(0))
 
-            with pytest.raises(EvomergeError, match="2 workers in a row died while they started"):
+            with pytest.raises(EvomergeError, match="2 workers in a row died while starting"):
                 pool.wait()
 
     def test_a_worker_that_has_no_place_is_an_error(self):
@@ -348,8 +501,20 @@ class TestRay(PoolContract):
         with RayPool(Faulty, 1, cpus=1000, startup_limit=1.0) as pool:
             pool.submit(job(0))
 
-            with pytest.raises(EvomergeError, match=r"did not start within 1 s.*'num_cpus': 1000"):
+            with pytest.raises(EvomergeError, match=r"no worker started within 1 s.*'num_cpus': 1000"):
                 pool.wait()
+
+    def test_a_worker_that_has_no_place_is_no_error_while_others_live(self):
+        """Two of three fit; the third waits for ever, and when it has waited long it is no room any more."""
+        with RayPool(Faulty, 3, cpus=2, startup_limit=6.0) as pool:
+            assert pool.room == 3
+            end = time.monotonic() + 6.5
+            while time.monotonic() < end:
+                pool.submit(job(0, slow=(100,)))
+                assert pool.wait().error is None
+
+            assert pool.room == 2
+            assert [worker.state for worker in pool.workers].count("waiting") == 1
 
     def test_an_answer_that_cannot_travel_is_a_failure(self):
         """What a worker returns must pass between processes; if not, that is the job's answer."""
@@ -388,6 +553,29 @@ class TestRay(PoolContract):
         assert gone(pids)
         assert ray.is_initialized()
 
+    def test_a_worker_that_hangs_while_it_starts_is_an_error(self):
+        """A pool does not wait for ever for its only worker."""
+        with RayPool(lambda: time.sleep(600), 1, startup_limit=2.0) as pool:
+            pool.submit(job(0))
+
+            with pytest.raises(EvomergeError, match=r"worker on node .*: not ready within 2 s"):
+                pool.wait()
+
+    def test_a_worker_is_idle_while_its_answer_waits_for_the_driver(self, pool):
+        """Time at work ends with the work, not when somebody looks."""
+        warm(pool)
+        before = sum(worker.busy for worker in pool.workers)
+        pool.submit(job(0, slow=(100,)))
+        time.sleep(1)
+        pool.wait()
+
+        assert 0.1 <= sum(worker.busy for worker in pool.workers) - before < 0.6
+
+    def test_workers_per_gpu_need_a_share(self):
+        """Without a share of a GPU nobody knows how many fit."""
+        with pytest.raises(ValueError, match="need a share of one, got 0"):
+            RayPool(Faulty, "per_gpu")
+
     @pytest.mark.parametrize(("count", "attempts"), [(0, 3), (1, 0)])
     def test_a_pool_of_nobody_is_refused(self, count, attempts):
         """At least one worker and one attempt."""
@@ -396,8 +584,12 @@ class TestRay(PoolContract):
 
 
 @pytest.mark.ray
-def test_an_interrupt_leaves_no_process(tmp_path):
-    """Ctrl-C to a program that waits for its own Ray ends it, the workers and Ray itself."""
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_an_end_leaves_no_process(end, tmp_path):
+    """Whether a program that waits for its own Ray gets Ctrl-C or is killed, workers and Ray end with it.
+
+    After a kill, two agents of Ray's own that nobody waits for take about a minute more.
+    """
     script = tmp_path / "program.py"
     script.write_text(
         textwrap.dedent("""
@@ -428,15 +620,19 @@ def test_an_interrupt_leaves_no_process(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job is born deaf to Ctrl-C
         env={**os.environ, "PYTHONPATH": str(root)},
     )
-    end = time.monotonic() + 120
-    while not (tmp_path / "napping").exists() and time.monotonic() < end:
+    until = time.monotonic() + 120
+    while not (tmp_path / "napping").exists() and time.monotonic() < until:
         time.sleep(0.1)
     family = descendants(program.pid)
-    os.killpg(program.pid, signal.SIGINT)
+    if end == signal.SIGINT:
+        os.killpg(program.pid, end)
+    else:
+        family = [pid for pid in family if b"Agent" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        program.kill()  # it alone, as the system does that is out of memory
     _, errors = program.communicate(timeout=60)
 
     assert len(family) >= 2
-    assert "KeyboardInterrupt" in errors
+    assert end == signal.SIGKILL or "KeyboardInterrupt" in errors
     assert gone(family)
 
 

@@ -1,15 +1,16 @@
 """The search loop on a toy problem: what it records and asks, how it resumes, what failures do to it."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from evomerge.drivers import Driver, Problem, Random
+from evomerge.drivers import NOTHING, Detail, Driver, Problem, Random
 from evomerge.errors import EvomergeError, LedgerError
 from evomerge.experiment import Experiment
 from evomerge.fitness.estimator import Fit
@@ -400,6 +401,9 @@ LEARNED: list[tuple[int, Losses | None]] = []
 class Listening:
     """Settings of a random driver that notes what is revised."""
 
+    steady: ClassVar[bool] = False
+    libraries: ClassVar[tuple[str, ...]] = ()
+
     def generation(self, axes: int) -> int:
         """Return six."""
         return 6
@@ -409,9 +413,9 @@ class Listening:
         driver = Random(batch=6).start(problem)
         revise = driver.revise
 
-        def noted(index: int, losses: Losses | None) -> None:
+        def noted(index: int, losses: Losses | None, detail: Detail = NOTHING) -> None:
             LEARNED.append((index, losses))
-            revise(index, losses)
+            revise(index, losses, detail)
 
         driver.revise = noted  # type: ignore[method-assign]  # a listener
         return driver
@@ -524,8 +528,8 @@ def test_equal_recipes_are_evaluated_once(tmp_path: Path) -> None:
     worker = ToyWorker()
     events = conduct(experiment, tmp_path / "first", worker)
     asked = of(events, Asked)
-    # A space of a single point proposes the same recipe for ever.
-    point = replace(experiment.space, weight=Range(low=0.5, high=0.5))
+    # Between two neighbouring numbers there are 16 genomes, so a warm-up of ten draws some twice.
+    point = replace(experiment.space, weight=Range(low=0.5, high=math.nextafter(0.5, 1.0)))
     same = replace(experiment, space=point)
     again = of(conduct(same, tmp_path / "second", worker := ToyWorker()), Asked)
 
@@ -533,7 +537,9 @@ def test_equal_recipes_are_evaluated_once(tmp_path: Path) -> None:
     twins = [event for event in again if event.same_as is not None]
     assert twins
     assert {again[event.same_as].recipe for event in twins} == {event.recipe for event in twins}
-    assert len([job for job in worker.jobs if job.split == "search"]) == len({event.recipe for event in again})
+    built = {job.candidate for job in worker.jobs if job.split == "search"}
+    assert built == {event.candidate for event in again if event.same_as is None}
+    assert len(built) == len({event.recipe for event in again})
 
 
 @pytest.mark.parametrize("estimator", ["mean", "stratified", "auto"])
@@ -695,6 +701,9 @@ SEEN: list[Problem] = []
 class Spy:
     """Settings of a driver that lets one see what problem it was given; no field, for all fields are its identity."""
 
+    steady: ClassVar[bool] = False
+    libraries: ClassVar[tuple[str, ...]] = ()
+
     def generation(self, axes: int) -> int:
         """Return any size."""
         return axes
@@ -729,10 +738,10 @@ def test_finalists_are_the_searchs_own_and_nobody_is_asked_twice(tmp_path: Path)
 
 
 def test_the_identity_counts_what_decides_and_nothing_else() -> None:
-    """Batch, device and threads may change the last bits of answers; count, pool and time limit may not."""
+    """Batch, device and threads may change the last bits of answers; who else works, and time limits, may not."""
     identity = toy().identity
 
-    assert toy(workers={"count": 3, "pool": "ray", "time_limit": 5.0}).identity == identity
+    assert toy(workers={"time_limit": 5.0}, ray={"actors": 3}).identity == identity
     assert toy(export={"front": "knee"}).identity == identity
     others: list[dict[str, Any]] = [
         {"workers": {"batch": 3}},

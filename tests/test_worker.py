@@ -1,5 +1,6 @@
 """The worker: recipe and items in, responses or a reason out."""
 
+import inspect
 import subprocess
 import sys
 from dataclasses import replace
@@ -197,6 +198,32 @@ def test_running_out_of_memory_is_in_the_answer(worker, monkeypatch):
     monkeypatch.setattr(worker._engine, "answer", hungry)
 
     assert worker.answer(job(blended(0.4, 0.4))).error == "OutOfMemoryError: out of memory. Tried to allocate 1 TiB"
+
+
+def test_a_batch_that_does_not_fit_is_halved_before_the_candidate_fails(setup, monkeypatch, capfd):
+    """The candidate's answers are those that it gives with memory for everything, and stderr says once what to set."""
+    worker = setup.make()
+    asked = job(blended(0.4, 0.4), sums=tuple(range(12)))
+    expected = worker.answer(asked)
+    forward, fed = worker._engine.model.forward, []
+
+    def tight(*arguments, **given):
+        fed.append(len(given["input_ids"]))
+        if fed[-1] > 3:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return forward(*arguments, **given)
+
+    tight.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(worker._engine.model, "forward", tight)
+    worker.answer(job(blended(0.1, 0.1)))  # so that the next one is built anew
+    answers = [worker.answer(asked), worker.answer(asked)]
+
+    assert max(fed) > 3
+    assert fed[-1] <= 3
+    for answer in answers:
+        assert answer.error is None
+        assert answer.responses == expected.responses
+    assert capfd.readouterr().err.count("not enough memory on cpu for a batch of") == 1
 
 
 def test_an_interrupt_is_not_an_answer(worker, monkeypatch):

@@ -1,6 +1,6 @@
 """Kills real runs with SIGKILL at random moments, some inside a write, and compares what grows with the whole run.
 
-    EVOMERGE_SEED=0 python tests/torture.py [--kills 20] [--runs warmup race cma tpe stack]
+    EVOMERGE_SEED=0 python tests/torture.py [--kills 20] [--runs warmup race cma tpe portfolio m2n2 steady stack]
 
 Each run is a process of its own that searches on the quickstart models. Half of the
 kills come from outside, at a random time; the other half strike between two bytes of a line of
@@ -28,19 +28,23 @@ SMALL = {
     "baselines": {"lambdas": [0.3]},
     "finalists": 4,
     "splits": {"search": 40, "validation": 20, "test": 20},
-    "workers": {"pool": "inline", "batch": 64},
+    "ray": None,
+    "workers": {"batch": 64},
     "export": {"front": "none"},
 }
 FEW = {"name": "fixed", "items": 10}
 WARMUP = {
     "name": "warmup", "random": 16, "items": 8, "promote": 1, "honest": 1, "every": 1, "elites": 2, "final": 2,
 }  # fmt: skip
-#: What is tortured: each driver, each schedule, and a search over stacks.
+#: What is tortured: drivers of every library, each schedule, a steady state (of one worker), and a search over stacks.
 RUNS = {
     "warmup": {"driver": {"name": "nsga2", "population": 12}, "schedule": WARMUP, "estimator": {"name": "auto"}},
     "race": {"driver": {"name": "nsga2", "population": 12}, "schedule": {"name": "race", "first": 5}},
     "cma": {"driver": {"name": "cma"}, "schedule": FEW},
     "tpe": {"driver": {"name": "tpe", "batch": 6}, "schedule": FEW},
+    "portfolio": {"driver": {"name": "portfolio", "batch": 6}, "schedule": FEW},
+    "m2n2": {"driver": {"name": "m2n2", "population": 8}, "schedule": FEW},
+    "steady": {"driver": {"name": "nsga2", "population": 12, "steady": True}, "schedule": WARMUP},
     "stack": {"space": "path", "driver": {"name": "nsga2", "population": 12}, "schedule": WARMUP},
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.drivers import DRIVERS
+from evomerge.drivers import read_driver
 from evomerge.evaluation.gates import Gates
 from evomerge.evaluation.request import Outcome, Request
 from evomerge.evaluation.task import Response
@@ -17,7 +17,7 @@ from evomerge.experiment import Experiment, ExperimentFile
 from evomerge.fitness.registry import read_estimator
 from evomerge.fitness.schedule import SCHEDULES
 from evomerge.objective import Objective
-from evomerge.pool import Answer, Job, failure
+from evomerge.pool import Answer, Job, WorkerStatus, failure
 from evomerge.recipe import Recipe, Source
 from evomerge.spaces.blend import BlendSpace, Range
 from evomerge.value import digest, plain, value
@@ -36,6 +36,26 @@ FILE: dict[str, Any] = {
     "finalists": 4,
     "dtype": "float32",
 }
+#: What marks a driver in steady state.
+STEADY = " steady"
+#: The drivers' settings, small, so that a run of some dozen candidates has several generations.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "nsga2": {"population": 8},
+    "nsga3": {"population": 8},
+    "cma": {},
+    "tpe": {"batch": 6},
+    "gp": {"batch": 4, "startup": 8},
+    "random": {"batch": 6},
+    "sobol": {"batch": 4},
+    "grid": {"batch": 6},
+    "greedy": {"top": 4, "startup": 6},
+    "map_elites": {"batch": 4, "startup": 6},
+    "m2n2": {"population": 6},
+    "portfolio": {"drivers": [{"name": "nsga2", "population": 6}, {"name": "cma"}], "batch": 6, "startup": 6},
+    "screened": {"driver": {"name": "nsga2", "population": 6}, "startup": 8},
+}
+
+
 WARMUP: dict[str, Any] = {
     "name": "warmup", "random": 10, "items": 8, "promote": 1, "honest": 1, "every": 2, "elites": 2, "final": 2,
 }  # fmt: skip
@@ -64,6 +84,10 @@ class ToyTask:
         """Return names of the items."""
         return tuple(f"{split}-{place}" for place in range(self.sizes[split]))
 
+    def contents(self, split: str) -> tuple[str, ...]:
+        """Return the content addresses of the items."""
+        return tuple(digest([self.name, name]) for name in self.ids(split))
+
     def strata(self, split: str) -> tuple[str, ...]:
         """Return two subtasks by turns."""
         return tuple("even" if place % 2 == 0 else "odd" for place in range(self.sizes[split]))
@@ -91,9 +115,10 @@ def toy(
     **changes: Any,
 ) -> Experiment:
     """Return an experiment on two sources and two tasks (or three); keys of the file can be changed."""
-    settings = {"nsga2": {"population": 8}, "tpe": {"batch": 6}, "random": {"batch": 6}, "cma": {}}[driver]
+    kind = driver.removesuffix(STEADY)
+    settings = {"name": kind, **SETTINGS[kind]} | ({"steady": True} if driver.endswith(STEADY) else {})
     asked = {"schedule": dict(schedule or WARMUP), "estimator": dict(estimator or {"name": "stratified"})}
-    named = {"driver": {"name": driver}, "objectives": [{"task": task} for task in tasks]}
+    named = {"driver": settings, "objectives": [{"task": task} for task in tasks]}
     file = ExperimentFile.model_validate(FILE | named | asked | changes)
     base = Source(name="base", path="base", fingerprint="0")
     sources = tuple(Source(name=name, path=name, fingerprint=name) for name in ("a", "b"))
@@ -118,7 +143,7 @@ def toy(
         ),
         objectives=tuple(Objective(name=task, direction=own.direction) for task, own in known.items()),
         tasks=known,
-        driver=DRIVERS[driver](**settings),
+        driver=read_driver(settings, "toy"),
         estimator=read_estimator(file.estimator, "toy"),
         schedule=SCHEDULES[file.schedule["name"]](**given),
         gates=Gates(**file.gates.model_dump()),
@@ -191,9 +216,18 @@ class ShufflingPool:
         """How many jobs wait."""
         return len(self._jobs)
 
+    @property
+    def workers(self) -> tuple[WorkerStatus, ...]:
+        """Say nothing of them."""
+        return ()
+
     def submit(self, job: Job) -> None:
         """Take a job."""
         self._jobs.append(job)
+
+    def drain(self) -> list[Answer]:
+        """Answer one more, now and then."""
+        return [self.wait()] if self._jobs and self._rng.random() < 0.3 else []
 
     def wait(self) -> Answer:
         """Answer any of the jobs."""

@@ -38,6 +38,9 @@ HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 #: Most answers whose text is remembered.
 TEXTS = 1 << 16
 
+#: How torch says that there is no memory where it has no class of errors for it: on the CPU, and in CUDA's libraries.
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory|_ALLOC_FAILED")
+
 
 class _Own:
     """The state that a model keeps in its own way between the steps of an answer."""
@@ -96,6 +99,7 @@ class Engine:
         pretrained: whether to load the folder's weights, as `AutoModelForCausalLM.from_pretrained` does.
         sharing: whether what texts begin with alike is fed once.
         prepare: takes the model before it goes to the device, and may take out of it what is put in later.
+        say: takes a line when a batch did not fit into memory, the first time.
 
     Raises:
         ModelError: if config, tokenizer or weights cannot be loaded, or the model comes in another dtype.
@@ -112,9 +116,11 @@ class Engine:
         pretrained: bool = False,
         sharing: bool = True,
         prepare: Callable[[Any], None] | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Build the model; without `pretrained` its weights are whatever memory held."""
         self.device, self.batch, self.tokens, self.sharing = device, batch, tokens, sharing
+        self._say, self._said = say, False
         self.tokenizer, self.model = build(folder, getattr(torch, dtype), trust_remote_code, pretrained)
         if prepare is not None:
             prepare(self.model)
@@ -240,7 +246,7 @@ class Engine:
                     continue
                 if batch.alone:
                     raise CandidateError(f"there is not enough memory on {self.device} for a single row")
-                self.tokens = max(1, batch.size // 2)
+                self._halve(batch)
                 left = deque(part for one in (batch, *left) for part in one.within(self.tokens))
         return sheet.outcomes()
 
@@ -281,8 +287,11 @@ class Engine:
             else:
                 self._continue(batch, sheet)
             return True
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             pass  # what it had allocated is referred to by the error, and free only after this block
+        except RuntimeError as problem:
+            if not _NO_MEMORY.search(str(problem)):
+                raise
         self._prefixes.clear()
         if self._course is not None:
             self._course.abandon()
@@ -290,6 +299,17 @@ class Engine:
         if torch.device(self.device).type == "cuda":
             torch.cuda.empty_cache()
         return False
+
+    def _halve(self, batch: Texts | Prompts) -> None:
+        """Let no batch have more tokens than half of this one from now on, and say so the first time."""
+        self.tokens = max(1, batch.size // 2)
+        if not self._said:
+            self._said = True
+            self._say(
+                f"there was not enough memory on {self.device} for a batch of {batch.size} tokens (rows times length); "
+                f"from now on batches have {self.tokens} at most, and half of that where it does not fit either; "
+                "to spare the tries, set `tokens` of `workers`"
+            )
 
     def _read(self, batch: Texts, sheet: Sheet) -> None:
         """Read the texts of a batch, then what branches off them."""

@@ -81,6 +81,14 @@ def failures(engine: "Engine", gates: Gates, tasks: Mapping[str, Task]) -> dict[
         return {"finite": str(problem)}
 
 
+def prompts_of(engine: "Engine", gates: Gates, tasks: Mapping[str, Task]) -> list[Request]:
+    """Return the requests that the gates ask of a candidate."""
+    read = list(itertools.islice(_texts(tasks), PROMPTS)) if gates.finite else []
+    if not (gates.repetition or gates.language):
+        return read
+    return read + list(itertools.islice(_questions(tasks, _most(engine, gates)), PROMPTS))
+
+
 def repeats(ids: Sequence[int]) -> bool:
     """Tell whether a cycle of at most `CYCLE` tokens fills the last `FILLED` of an answer.
 
@@ -105,8 +113,7 @@ def _likelihoods(engine: "Engine", tasks: Mapping[str, Task]) -> dict[str, str]:
 
 def _answers(engine: "Engine", gates: Gates, tasks: Mapping[str, Task]) -> dict[str, str]:
     """Let the model answer a few prompts of a task that wants answers; without one there is nothing to say."""
-    # a prompt needs room too, if the model has little of it
-    most = min(max(gates.repetition, ANSWER if gates.language else 0), engine.window // 2)
+    most = _most(engine, gates)
     found = _ask(engine, f"answers of {most}", tasks, lambda given: _questions(given, most))
     failed = {}
     endless = [gates.repetition and answer.tokens >= gates.repetition and repeats(_tokens(answer)) for answer in found]
@@ -115,6 +122,11 @@ def _answers(engine: "Engine", gates: Gates, tasks: Mapping[str, Task]) -> dict[
     if found and gates.language:
         failed |= _language(gates.language, "\n".join(answer.text for answer in found))
     return failed
+
+
+def _most(engine: "Engine", gates: Gates) -> int:
+    """Return how long the answers are that gates want; a prompt needs room too, if the model has little of it."""
+    return min(max(gates.repetition, ANSWER if gates.language else 0), engine.window // 2)
 
 
 def _language(code: str, text: str) -> dict[str, str]:

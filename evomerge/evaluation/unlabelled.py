@@ -177,7 +177,7 @@ class TextsFile:
     Attributes:
         measure: `loss` or `kl`.
         data: a file of texts (`.txt`: one a line), or of rows, or a data set of the hub, as in `TaskFile`.
-        text: the field of a row that holds its text.
+        text: the field of a row that holds its text, or a template over fields, as a prompt is.
         window: cut each text (a whole `.txt` file is one) in windows of about so many characters.
         split, stratum: as in `TaskFile`.
     """
@@ -262,9 +262,10 @@ def _form(file: TextsFile | PromptsFile, place: str) -> Form:
         )
     if file.window is not None and file.window < 1:
         raise TaskError(f"{place}.window: must be at least 1 character, got {file.window}")
-    if not file.text.isidentifier():
+    template = "{" in file.text
+    if not template and not file.text.isidentifier():
         raise TaskError(f"{place}.text: {file.text!r} is not the name of a field")
-    prompt = f"{{{file.text}}}"
+    prompt = file.text if template else f"{{{file.text}}}"
     return Form(data=file.data, prompt=prompt, split=file.split, stratum=file.stratum, window=file.window)
 
 

@@ -1,6 +1,6 @@
 """Racing: a candidate climbs prefixes of one order of the items until it is surely dominated, or has answered all."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -35,7 +35,7 @@ class Climb:
         signs: for each task, 1 if its responses are losses, and -1 if they are gains.
         rivals: whom to compare with; if there are none, every candidate climbs to the end.
         alpha: the chance of error.
-        properties: what each candidate loses by its properties, where these are objectives.
+        properties: gives what a candidate loses by its properties, where these are objectives.
     """
 
     order: Items
@@ -43,7 +43,7 @@ class Climb:
     signs: Mapping[str, float]
     rivals: tuple[Rival, ...]
     alpha: float
-    properties: Mapping[int, tuple[float, ...]]
+    properties: Callable[[int], tuple[float, ...]]
 
     def next(self, candidate: int, given: Given) -> Items | None:
         """Return the next rung; None at the top, or where the candidate stops."""
@@ -59,7 +59,7 @@ class Climb:
         return self.alpha / max(1, (len(self.prefixes) - 1) * len(self.rivals))
 
     def _beaten(self, candidate: int, given: Given, prefix: Mapping[str, int]) -> bool:
-        own = self.properties.get(candidate, ())
+        own = self.properties(candidate)
         for rival in self.rivals:
             pairs = zip(own, rival.properties, strict=True)
             if all(mine >= theirs for mine, theirs in pairs) and self._worse(given, rival, prefix):

@@ -240,6 +240,11 @@ class Statistics:
             with partial_.open("rb") as stream:
                 os.fsync(stream.fileno())
             os.replace(partial_, file)
+        except (OSError, SafetensorError) as problem:  # as which of them a full disk comes depends on the library
+            raise ModelError(
+                f"{file}: statistics cannot be written ({' '.join(str(problem).split())}); free space, or name another "
+                "folder for caches in XDG_CACHE_HOME"
+            ) from None
         finally:
             partial_.unlink(missing_ok=True)
         return file

@@ -1,7 +1,8 @@
 """Asks candidates: submits what a schedule wants of each, takes answers as they come, and keeps them."""
 
+import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 from evomerge.errors import LedgerError
 from evomerge.fitness.schedule import Items, Schedule
@@ -51,6 +52,9 @@ class Answers:
         return self.error is None and all(len(self.values.get(t, ())) == len(own) for t, own in everything.items())
 
 
+#: Jobs ahead, for each worker beyond the first.
+_AHEAD = 0.125
+
 _WAY = "restore the file, or start the run anew"
 
 
@@ -69,6 +73,7 @@ class Asking:
         self._pool = pool
         self._everything = everything
         self._stacked = stacked
+        self._flying: dict[int, Items] = {}
         #: Of each split, what every candidate answered.
         self.found: dict[str, dict[int, Answers]] = {split: {} for split in everything}
 
@@ -87,12 +92,7 @@ class Asking:
         """
         for number in recipes:
             self.found[split].setdefault(number, Answers())
-        for event in self._tape.answers():
-            if event.candidate not in recipes or event.split != split:
-                raise LedgerError(
-                    f"the ledger has an answer of candidate {event.candidate} that was not asked for; {_WAY}"
-                )
-            self.found[split][event.candidate].add(event, self._everything[split])
+        self.recorded(split, recipes)
         if self._tape.ended:
             self._ask(split, plan(), recipes)
 
@@ -102,28 +102,73 @@ class Asking:
         waiting = deque(sorted(recipes, key=lambda number: paths[number]))
         branches = _branches([paths[number] for number in waiting])
         ahead = dict(zip(waiting, branches, strict=True))
-        asked: dict[int, Items] = {}
-        while waiting or asked:
-            while waiting and self._pool.room:
+        while waiting or self.flying:
+            while waiting and self.room:
                 number = waiting.popleft()
-                own = self.found[split][number]
-                items = schedule.next(number, own.values) if own.error is None else None
+                items = self.wanted(split, number, schedule)
                 if items is not None:
-                    asked[number] = items
-                    self._pool.submit(
-                        Job(
-                            candidate=number,
-                            recipe=recipes[number],
-                            split=split,
-                            items=dict(items),
-                            branches=ahead[number],
-                        )
-                    )
-            if asked:
-                answer = self._pool.wait()
-                event = self._tape.write(_answered(answer, asked.pop(answer.candidate), self._everything[split]))
-                self.found[split][answer.candidate].add(event, self._everything[split])
-                waiting.appendleft(answer.candidate)  # next in turn: its worker still holds the model
+                    self.submit(split, number, recipes[number], items, ahead[number])
+            if self.flying:
+                for number in self.receive():
+                    waiting.appendleft(number)  # next in turn: its worker still holds the model
+
+    # What both a phase and a steady state are made of.
+
+    @property
+    def room(self) -> int:
+        """How many jobs may be submitted now: as workers are free, and where there are several some jobs ahead.
+
+        A job ahead is there when a worker becomes free, before the next one was thought out.
+        """
+        room = self._pool.room
+        if room:
+            return room
+        here = sum(worker.state in ("idle", "busy") for worker in self._pool.workers)
+        return max(0, here + math.ceil(_AHEAD * (here - 1)) - len(self._flying))
+
+    @property
+    def flying(self) -> bool:
+        """Whether a job is submitted and not yet answered."""
+        return bool(self._flying)
+
+    def wanted(self, split: str, number: int, schedule: Schedule) -> Items | None:
+        """Return what a schedule wants next of a candidate; None if nothing, as of one that has failed."""
+        own = self.found[split][number]
+        return schedule.next(number, own.values) if own.error is None else None
+
+    def submit(
+        self, split: str, number: int, recipe: Recipe, items: Items, branches: tuple[int, ...] = ()
+    ) -> None:
+        """Have a candidate asked; one job of each at a time."""
+        self._flying[number] = items
+        self._pool.submit(Job(candidate=number, recipe=recipe, split=split, items=dict(items), branches=branches))
+
+    def receive(self) -> Iterator[int]:
+        """Wait for an answer; write it down, then all others that are there by then, and yield whose each is."""
+        self._tape.sync()
+        for answer in (self._pool.wait(), *self._pool.drain()):
+            everything = self._everything[answer.split]
+            event = self._tape.write(_answered(answer, self._flying.pop(answer.candidate), everything))
+            self.found[answer.split][answer.candidate].add(event, everything)
+            yield answer.candidate
+
+    def recorded(self, split: str, candidates: Container[int], most: int | None = None) -> None:
+        """Take the recorded answers that stand next.
+
+        Args:
+            split: the split that is asked.
+            candidates: who is asked.
+            most: take no more than so many.
+
+        Raises:
+            LedgerError: if one was not asked for.
+        """
+        for event in self._tape.answers(most):
+            if event.candidate not in candidates or event.split != split:
+                raise LedgerError(
+                    f"the ledger has an answer of candidate {event.candidate} that was not asked for; {_WAY}"
+                )
+            self.found[split][event.candidate].add(event, self._everything[split])
 
 
 def _branches(paths: Sequence[Sequence[object]]) -> list[tuple[int, ...]]:

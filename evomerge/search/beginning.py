@@ -24,13 +24,17 @@ from evomerge.models.architecture import place
 from evomerge.models.checkpoint import Checkpoint
 from evomerge.pool import InlinePool, Pool, RayPool
 from evomerge.recipe import Recipe, copy_of
+from evomerge.search.storing import behind_store
 from evomerge.spaces.edits import Prior
 from evomerge.spaces.proposals import Proposal, baselines, probes, warmup
+from evomerge.whole import write_whole
 from evomerge.worker import WorkerSetup
 
 #: Libraries whose version decides the course of a run, beside the driver's own.
 _LIBRARIES = ("numpy", "scipy", "torch", "transformers", "tokenizers")
-_DRIVER_LIBRARIES = {"Nsga2": ("pymoo",), "Cma": ("cma",), "Tpe": ("optuna",)}
+
+#: What to do about a file that could not be written before the first candidate.
+_AGAIN = "give the same command again"
 
 
 def baselines_of(experiment: Experiment) -> list[Proposal]:
@@ -57,7 +61,7 @@ def warmup_of(experiment: Experiment, prior: Prior | None = None) -> list[Propos
 
 def versions(experiment: Experiment) -> dict[str, str]:
     """Return the versions that decide the course of a run."""
-    libraries = sorted({*_LIBRARIES, *_DRIVER_LIBRARIES.get(type(experiment.driver).__name__, ())})
+    libraries = sorted({*_LIBRARIES, *experiment.driver.libraries})
     return {"evomerge": __version__} | {name: version(name) for name in libraries}
 
 
@@ -139,9 +143,14 @@ def check_started(first: Event, ours: Started) -> None:
 
 
 def open_pool(experiment: Experiment) -> Pool:
-    """Return the pool that the experiment asks for; its workers start with the first job."""
+    """Return the pool that the experiment asks for, behind its store if it names one."""
+    return behind_store(experiment, lambda: _open_workers(experiment))
+
+
+def setup_of(experiment: Experiment) -> WorkerSetup:
+    """Return what each worker of an experiment needs to know."""
     settings = experiment.file.workers
-    setup = WorkerSetup(
+    return WorkerSetup(
         template=experiment.template,
         sources=experiment.folders,
         tasks=experiment.tasks,
@@ -157,15 +166,23 @@ def open_pool(experiment: Experiment) -> Pool:
         stacked=experiment.stacked,
         prefixes=int(settings.prefixes_gb * 1e9),
     )
-    if settings.pool == "inline":
+
+
+def _open_workers(experiment: Experiment) -> Pool:
+    """Return the pool of workers that the experiment asks for; they start with the first job."""
+    settings, setup, ray = experiment.file.workers, setup_of(experiment), experiment.file.ray
+    if ray is None:
         return InlinePool(setup.make, settings.time_limit)
     return RayPool(
         setup.make,
-        settings.count,
+        ray.actors,
         settings.time_limit,
-        gpus=settings.gpus,
-        cpus=settings.threads,
+        gpus=ray.gpus_per_worker,
+        cpus=settings.threads if ray.cpus_per_worker is None else ray.cpus_per_worker,
         threads=settings.threads,
+        attempts=ray.max_attempts,
+        max_failures=ray.max_failures,
+        address=ray.address,
     )
 
 
@@ -184,7 +201,7 @@ def prepare(experiment: Experiment, folder: Path) -> Ledger:
             check_started(record.past[0], started(experiment))
         else:
             text = yaml.safe_dump(experiment.file.model_dump(mode="json", exclude_none=True), sort_keys=False)
-            _write(folder / "experiment.yaml", text)
+            write_whole(folder / "experiment.yaml", text, _AGAIN, LedgerError)
         _note_session(experiment, folder / "environment.json")
     except BaseException:
         record.close()
@@ -205,14 +222,10 @@ def _note_session(experiment: Experiment, file: Path) -> None:
         "cores": os.cpu_count(),
         "versions": versions(experiment),
         "workers": experiment.file.workers.model_dump(mode="json"),
+        "ray": None if experiment.file.ray is None else experiment.file.ray.model_dump(mode="json"),
     }
-    _write(file, json.dumps({"sessions": [*sessions, session]}, indent=2) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    text = json.dumps({"sessions": [*sessions, session]}, indent=2) + "\n"
+    write_whole(file, text, _AGAIN, LedgerError)
 
 
 def now() -> float:

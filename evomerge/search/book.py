@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from evomerge.drivers import Detail
 from evomerge.experiment import Experiment
 from evomerge.genome import Genome
 from evomerge.ledger import BASELINES, Asked, Told
@@ -11,7 +12,7 @@ from evomerge.objective import Losses
 from evomerge.pareto import front, spread
 from evomerge.recipe import Recipe
 from evomerge.search.asking import Answers
-from evomerge.search.beginning import baselines_of, properties
+from evomerge.search.beginning import properties
 from evomerge.search.tape import Tape
 from evomerge.spaces.proposals import Proposal, recipe_of
 
@@ -34,6 +35,7 @@ class Book:
         self.told: dict[int, Told] = {}
         #: Those that answered all search items, in the order in which that became known.
         self.full: list[int] = []
+        self._full: set[int] = set()
         self._first_of: dict[str, int] = {}
         self._properties: dict[int, dict[str, float]] = {}
 
@@ -57,7 +59,7 @@ class Book:
             self._tape.warn(
                 f"candidate {number} was proposed differently than in the ledger; the ledger's genome is used"
             )
-            recipe = recipe_of(baselines_of(self._experiment), self._experiment.space, event)
+            recipe = recipe_of(self._experiment.proposals, self._experiment.space, event)
         self._first_of.setdefault(event.recipe, number)
         self.asked.append(event)
         self.recipes.append(recipe)
@@ -66,13 +68,13 @@ class Book:
     def note_full(self, candidates: Iterable[int]) -> None:
         """Remember which of these have answered everything by now."""
         everything = self._experiment.items("search")
-        known = set(self.full)
-        self.full += [i for i in candidates if i not in known and self.answers[i].complete(everything)]
+        new = [i for i in candidates if i not in self._full and self.answers[i].complete(everything)]
+        self.full += new
+        self._full.update(new)
 
     def open(self, candidates: Iterable[int]) -> list[int]:
         """Return those that did not fail and have not answered everything."""
-        full = set(self.full)
-        return [i for i in candidates if i not in full and self.answers[i].error is None]
+        return [i for i in candidates if i not in self._full and self.answers[i].error is None]
 
     @property
     def sources(self) -> list[int]:
@@ -80,13 +82,22 @@ class Book:
         return [i for i in self.full if self.asked[i].origin == "source"]
 
     @property
-    def known(self) -> list[tuple[Genome, Losses]]:
-        """Genomes and losses of all that was scored and is new, for a driver to start from."""
+    def known(self) -> list[tuple[Genome, Losses, Detail]]:
+        """Genomes, losses and details of all that was scored and is new, for a driver to start from."""
         return [
-            (event.genome, found)
+            (event.genome, found, self.detail(event.candidate))
             for event in self.asked
             if event.genome is not None and event.same_as is None and (found := self.losses(event.candidate))
         ]
+
+    def detail(self, number: int) -> Detail:
+        """Return what a driver may want to know of a candidate that was told, beside its losses."""
+        scores, twin = self.told[number].scores, self.asked[number].same_as
+        own = self.answers.get(number if twin is None else twin)
+        return Detail(
+            errors=tuple(scores[o.name][1] if o.name in scores else 0.0 for o in self._experiment.objectives),
+            responses={} if own is None else {task: dict(found) for task, found in own.values.items()},
+        )
 
     def losses(self, number: int) -> Losses | None:
         """Return what was told of a candidate last; None for a failure."""

@@ -1,6 +1,6 @@
 """One generation: what the estimator chooses, who is asked again, who is promoted, and what is told of everybody."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -56,20 +56,23 @@ class Generations:
         self._book = book
         self._asking = asking
         self._blocks = blocks_of(experiment.tasks, "search")
-        self._everything = Shared(items=experiment.items("search"))
+        #: Asks the rest of all search items.
+        self.everything = Shared(items=experiment.items("search"))
         self._fitted: list[Fitted] = []
         self._promoted: list[Promoted] = []
         self._model: tuple[int, Model] | None = None
         self._order: Items | None = None
+        #: In steady state, so many of those that answered everything count until the next fit; None: all.
+        self._rows: int | None = None
 
     # What a run does, step by step.
 
     def first(self, batch: Sequence[int]) -> list[Told]:
         """Ask the baselines and the genomes of a warm-up, and score them."""
         if isinstance(self._schedule, Fixed) and self._schedule.items is not None:
-            self._fit(0)
-        self._ask(self._new(batch), lambda: self._shared() if isinstance(self._schedule, Fixed) else self._everything)
-        return self._tell(batch)
+            self._fitted.append(self._tape.take(Fitted, lambda: self._make_fitted(0)))
+        self._ask(self._new(batch), lambda: self._shared() if isinstance(self._schedule, Fixed) else self.everything)
+        return [self.tell(i) for i in batch]
 
     def next(self, step: int, batch: Sequence[int]) -> tuple[list[Told], list[Told]]:
         """Ask and score a generation.
@@ -81,23 +84,58 @@ class Generations:
         Returns:
             What is told again of candidates of earlier generations, and what is told of this one's.
         """
-        again: list[int] = []
-        if not isinstance(self._schedule, Fixed):
-            again = list(self._fit(step).again)
+        again = self.begin(step)
         asked = [*self._new(batch), *again]
-        self._ask(asked, self._plan)
+        self._ask(asked, self.plan)
+        if self.promotes(step):
+            self._ask(self.promote(step, asked), lambda: self.everything)
+        return [self.tell(i) for i in again], [self.tell(i) for i in batch]
+
+    def begin(self, step: int, busy: Collection[int] = ()) -> list[int]:
+        """Decide what is asked of a generation; return who of earlier ones is asked that too, none who is busy."""
+        if isinstance(self._schedule, Fixed):
+            return []
+        self._rows = None
+        event = self._tape.take(Fitted, lambda: self._make_fitted(step, busy))
+        self._fitted.append(event)
+        self._rows = event.rows if self._experiment.driver.steady else None
+        return list(event.again)
+
+    def plan(self) -> Schedule:
+        """Return what the generation that was begun last is asked."""
+        if not isinstance(self._schedule, Race):
+            return self._shared()
+        self._order = self._order or order_of(self._experiment, self._book, self._blocks)
+        return climb(self._experiment, self._schedule, self._book, self._order, self.corner)
+
+    def tell(self, number: int) -> Told:
+        """Score a candidate."""
+        event = self._tape.take(Told, lambda: self._make_told(number), number)
+        self._book.told[number] = event
+        return event
+
+    def promotes(self, step: int) -> bool:
+        """Tell whether some of the generation of this number are asked everything."""
+        return isinstance(self._schedule, Warmup) and self._schedule.promotes(step)
+
+    def promote(self, step: int, asked: Sequence[int]) -> tuple[int, ...]:
+        """Choose some of a generation that are to be asked the rest of the items, and return them."""
         settings = self._schedule
-        if isinstance(settings, Warmup) and settings.promotes(step):
-            self._promote(lambda: self._chosen(asked, step, settings))
-        return self._tell(again), self._tell(batch)
+        if not isinstance(settings, Warmup):
+            return ()
+        return self._promotion(lambda: self._chosen(asked, step, settings))
 
     def last(self) -> Sequence[int]:
         """Ask the best by estimate more items, and score them again; return of whom finalists are to be chosen."""
         book, settings = self._book, self._schedule
+        self._rows = None
         if not isinstance(settings, Warmup):
             return book.merges
         if settings.final:
-            self._tell(self._promote(lambda: book.best(book.open(book.merges), settings.final, self.corner)))
+            final = self._promotion(lambda: book.best(book.open(book.merges), settings.final, self.corner))
+            self._ask(final, lambda: self.everything)
+            for number in final:
+                self.tell(number)
         return self._close(settings)
 
     def _close(self, settings: Warmup) -> Sequence[int]:
@@ -134,21 +172,10 @@ class Generations:
         self._asking.phase("search", plan, {i: self._book.recipes[i] for i in candidates})
         self._book.note_full(sorted(candidates))
 
-    def _plan(self) -> Schedule:
-        if not isinstance(self._schedule, Race):
-            return self._shared()
-        self._order = self._order or order_of(self._experiment, self._book, self._blocks)
-        return climb(self._experiment, self._schedule, self._book, self._order, self.corner)
-
     def _shared(self) -> Shared:
-        return Shared(items=self._fitted[-1].items) if self._fitted else self._everything
+        return Shared(items=self._fitted[-1].items) if self._fitted else self.everything
 
-    def _fit(self, step: int) -> Fitted:
-        event = self._tape.take(Fitted, lambda: self._make_fitted(step))
-        self._fitted.append(event)
-        return event
-
-    def _make_fitted(self, step: int) -> Fitted:
+    def _make_fitted(self, step: int, busy: Collection[int] = ()) -> Fitted:
         model, each = self._current(), self._each()
         shared = not isinstance(self._schedule, Race)
         spread = dict(self._fitted[-1].spread) if self._fitted else {}
@@ -156,7 +183,7 @@ class Generations:
             spread = model.spread(each)
         again: list[int] = []
         if isinstance(self._schedule, Warmup):
-            again = self._elites(self._schedule.elites)
+            again = self._elites(self._schedule.elites, busy)
         return Fitted(
             step=step,
             items=model.choose(each, self._resting(each)) if shared else {},
@@ -176,7 +203,7 @@ class Generations:
     def _current(self) -> Model:
         """Return the model of all that is known by now; fitted only when more is known than last time."""
         settings = self._schedule
-        full = self._book.full if not isinstance(settings, Fixed) else []
+        full = self._book.full[: self._rows] if not isinstance(settings, Fixed) else []
         if self._model is None or self._model[0] != len(full):
             rows = [self._book.answers[i] for i in full]
             sources = [self._book.answers[i] for i in self._book.sources] if full else []
@@ -204,7 +231,7 @@ class Generations:
     def _resting(self, each: int) -> Items:
         """Return the items that generations since the last fit were asked: the same fit would choose them again."""
         found: dict[str, set[int]] = {task: set() for task in self._experiment.tasks}
-        most = {t: int(_RESTING * len(own)) - each for t, own in self._everything.items.items()}
+        most = {t: int(_RESTING * len(own)) - each for t, own in self.everything.items.items()}
         for event in reversed(self._fitted):
             grown = {task: found[task] | set(event.items.get(task, ())) for task in found}
             if event.rows != len(self._book.full) or any(len(grown[task]) > most[task] for task in grown):
@@ -212,13 +239,13 @@ class Generations:
             found = grown
         return {task: tuple(sorted(own)) for task, own in found.items()}
 
-    def _elites(self, count: int) -> list[int]:
-        """Return the best of those of the front that have not answered everything."""
-        front = self._book.front_of(self._book.scored) if count else []
+    def _elites(self, count: int, busy: Collection[int]) -> list[int]:
+        """Return the best of those of the front that have not answered everything, and are not busy."""
+        front = [i for i in self._book.front_of(self._book.scored) if i not in busy] if count else []
         return sorted(self._book.best(self._book.open(front), count, self.corner))
 
-    def _promote(self, choose: Callable[[], Iterable[int]]) -> tuple[int, ...]:
-        """Ask some candidates the rest of the items, and return them."""
+    def _promotion(self, choose: Callable[[], Iterable[int]]) -> tuple[int, ...]:
+        """Choose who is asked the rest of the items, with what is thought of them before."""
 
         def make() -> Promoted:
             chosen = tuple(sorted(choose()))
@@ -226,7 +253,6 @@ class Generations:
 
         event = self._tape.take(Promoted, make)
         self._promoted.append(event)
-        self._ask(event.candidates, lambda: self._everything)
         return event.candidates
 
     def _guess(self, number: int) -> dict[str, tuple[float, ...]]:
@@ -251,15 +277,6 @@ class Generations:
         return round(found.inflate, 4)
 
     # Telling.
-
-    def _tell(self, candidates: Iterable[int]) -> list[Told]:
-        """Score candidates, in order."""
-        found = []
-        for number in candidates:
-            event = self._tape.take(Told, lambda number=number: self._make_told(number), number)  # type: ignore[misc]
-            self._book.told[number] = event
-            found.append(event)
-        return found
 
     def _make_told(self, number: int, drawn: Items | None = None) -> Told:
         twin = self._book.asked[number].same_as

@@ -17,11 +17,12 @@ from evomerge.pareto import front
 from evomerge.pool import Pool
 from evomerge.run import gains_of
 from evomerge.search.asking import Asking
-from evomerge.search.beginning import baselines_of, check_started, now, probes_of, started, warmup_of
+from evomerge.search.beginning import check_started, now, probes_of, started, warmup_of
 from evomerge.search.blocks import blocks_of
 from evomerge.search.book import Book
 from evomerge.search.generation import Generations, recorded
 from evomerge.search.scoring import Model
+from evomerge.search.steady import SteadySearch
 from evomerge.search.tape import Tape, Watch
 from evomerge.spaces.edits import Prior, prior_of
 from evomerge.spaces.proposals import Proposal
@@ -67,7 +68,9 @@ class Search:
         self._warm_up()
         self._search()
         found = self._finish(self._generations.last())
-        return self._tape.take(Finished, lambda: Finished(front=found, time=now()))
+        finished = self._tape.take(Finished, lambda: Finished(front=found, time=now()))
+        self._tape.sync()
+        return finished
 
     # Steps, in the order in which they run.
 
@@ -78,7 +81,7 @@ class Search:
         self._tape.take(Started, lambda: ours)
 
     def _warm_up(self) -> None:
-        known, probes = baselines_of(self._experiment), probes_of(self._experiment)
+        known, probes = self._experiment.proposals, probes_of(self._experiment)
         random = [] if probes else warmup_of(self._experiment)
         told = self._generations.first([self._book.ask(proposal).candidate for proposal in [*known, *probes, *random]])
         if all(event.losses is None for event in told):
@@ -93,29 +96,39 @@ class Search:
                 self._generations.first([self._book.ask(proposal).candidate for proposal in more])
 
     def _search(self) -> None:
-        experiment = self._experiment
-        driver = experiment.driver.start(
-            Problem(
-                axes=experiment.space.axes,
-                objectives=len(experiment.objectives),
-                seed=experiment.file.seed,
-                known=tuple(self._book.known),
-                weights=tuple(objective.weight for objective in experiment.objectives),
-                start=experiment.space.start,
-                draw=partial(experiment.space.sample, prior=self._prior) if experiment.stacked else None,
-                same=(lambda genome: experiment.space.decode(genome).digest) if experiment.stacked else None,
-            )
-        )
+        driver = self._experiment.driver.start(self._problem())
+        if self._experiment.driver.steady:
+            parts = self._tape, self._book, self._asking, self._generations
+            SteadySearch(self._experiment, *parts, driver).run()
+            return
         first = len(self._book.asked)
         step = 0
         while batch := self._proposed(driver, first):
             again, told = self._generations.next(step, [event.candidate for event in batch])
             for event in again:
                 if event.candidate >= first:
-                    driver.revise(event.candidate - first, event.losses)
+                    driver.revise(event.candidate - first, event.losses, self._book.detail(event.candidate))
             for event in told:
-                driver.tell(event.candidate - first, genome_of(self._book.asked[event.candidate]), event.losses)
+                number = event.candidate
+                genome, detail = genome_of(self._book.asked[number]), self._book.detail(number)
+                driver.tell(number - first, genome, event.losses, detail)
             step += 1
+
+    def _problem(self) -> Problem:
+        """Return what the driver is asked to solve."""
+        experiment, known = self._experiment, self._book.known
+        return Problem(
+            axes=experiment.space.axes,
+            objectives=len(experiment.objectives),
+            seed=experiment.file.seed,
+            known=tuple((genome, found) for genome, found, _ in known),
+            details=tuple(detail for _, _, detail in known),
+            weights=tuple(objective.weight for objective in experiment.objectives),
+            start=experiment.space.start,
+            draw=partial(experiment.space.sample, prior=self._prior) if experiment.stacked else None,
+            same=(lambda genome: experiment.space.decode(genome).digest) if experiment.stacked else None,
+            reference=self._generations.corner,
+        )
 
     def _proposed(self, driver: Driver, first: int) -> list[Asked]:
         """Ask the driver until it has no more for now, or the budget is spent."""

@@ -23,6 +23,7 @@ def planned(experiment: Experiment) -> dict[str, tuple[int, int]]:
     """Return for each step of a run how many candidates it asks at most, and how many items of each on average."""
     sizes = {s: sum(len(i) for i in experiment.items(s).values()) for s in SPLITS}
     known, probed, random = (len(own(experiment)) for own in (baselines_of, probes_of, warmup_of))
+    begun = len(experiment.warm)
     schedule, candidates = experiment.schedule, experiment.file.budget.candidates
     few = None if isinstance(schedule, Race) else schedule.items
     each = sizes["search"] if few is None else sum(min(few, len(i)) for i in experiment.items("search").values())
@@ -38,7 +39,7 @@ def planned(experiment: Experiment) -> dict[str, tuple[int, int]]:
         more = promoted * (sizes["search"] - each) + closing * drawn
         promoted += closing
     return {
-        "warm-up": (known + probed + random, each if isinstance(schedule, Fixed) else sizes["search"]),
+        "warm-up": (known + begun + probed + random, each if isinstance(schedule, Fixed) else sizes["search"]),
         "search": (candidates + again, each),
         "promotion": (promoted, math.ceil(more / max(1, promoted))),
         "validation": (known + finalists, sizes["validation"]),

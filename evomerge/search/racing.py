@@ -42,7 +42,7 @@ def climb(experiment: Experiment, settings: Race, book: Book, order: Items, corn
         signs=signs,
         rivals=tuple(_rival(experiment, book, i) for i in rivals),
         alpha=settings.alpha,
-        properties={event.candidate: _properties(experiment, book, event.candidate) for event in book.asked},
+        properties=lambda number: _properties(experiment, book, number),
     )
 
 

@@ -63,11 +63,12 @@ class Tape:
         self._watch(recorded, True)
         return recorded
 
-    def answers(self) -> Iterator[Answered]:
-        """Yield the recorded answers that stand next, up to another event."""
-        while self._past and isinstance(event := self._past[0], Answered):
+    def answers(self, most: int | None = None) -> Iterator[Answered]:
+        """Yield the recorded answers that stand next, up to another event, or so many."""
+        while self._past and isinstance(event := self._past[0], Answered) and most != 0:
             self._past.popleft()
             self._watch(event, True)
+            most = None if most is None else most - 1
             yield event
 
     def write(self, event: E) -> E:
@@ -76,6 +77,10 @@ class Tape:
         self._record.append(event)
         self._watch(event, False)
         return event
+
+    def sync(self) -> None:
+        """Have on the disk all that was written; until then a power cut may take it, and then it is done again."""
+        self._record.sync()
 
     def warn(self, text: str) -> None:
         """Write a warning, once in a run; while the ledger is replayed it waits for the end."""

@@ -140,7 +140,8 @@ def _search(
     data |= {
         "budget": {"candidates": candidates},
         "schedule": {"name": "fixed", "items": items},
-        "workers": {"pool": "inline", "prefixes_gb": gigabytes},
+        "ray": None,
+        "workers": {"prefixes_gb": gigabytes},
         "export": {"front": "none"},
     }
     if tasks is not None:

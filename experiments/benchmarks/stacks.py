@@ -40,7 +40,15 @@ RIVALS: dict[str, dict[str, Any]] = {
     "path, nsga2": {"space": "path", "driver": {"name": "nsga2", "population": 32}},
     "sakana, cma": {
         "space": "sakana",
-        "driver": {"name": "cma", "population": 128, "sigma": 0.05, "diagonal": False, "restart_below": 0.0},
+        "driver": {
+            "name": "cma",
+            "population": 128,
+            "sigma": 0.05,
+            "damping": 1.0,
+            "diagonal": False,
+            "scalarise": "sum",
+            "restart_below": 0.0,
+        },
     },
 }
 
@@ -75,7 +83,8 @@ def _measure(folder: Path, seed: int, changes: Mapping[str, Any], options: argpa
         "seed": seed,
         "objectives": [own for own in data["objectives"] if "task" in own],
         "schedule": {"name": "fixed", "items": options.items},
-        "workers": {"pool": "ray", "count": 2, "time_limit": 60.0},
+        "ray": {"actors": 2},
+        "workers": {"time_limit": 60.0},
         "export": {"front": "none"},
         **changes,
     }

@@ -415,9 +415,10 @@ def test_the_same_plan_gives_the_same_bits(models):
 class Scarce:
     """Memory for so many tokens at once (rows times length of what is fed); for more there is none."""
 
-    def __init__(self, engine: Engine, tokens: int) -> None:
-        """Watch a model."""
+    def __init__(self, engine: Engine, tokens: int, lack=None) -> None:
+        """Watch a model; `lack` is what happens where there is no memory."""
         self.forward, self.tokens, self.fed = engine.model.forward, tokens, []
+        self.lack = lack or raising(torch.OutOfMemoryError("CUDA out of memory"))
         engine.model.forward = self
         engine._accepts = frozenset({"input_ids", "past_key_values", "use_cache", "attention_mask", "position_ids"})
 
@@ -425,8 +426,26 @@ class Scarce:
         """Run the model, or run out of memory."""
         self.fed.append(given["input_ids"].numel())
         if self.fed[-1] > self.tokens:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            self.lack()
         return self.forward(**given)
+
+
+def raising(problem):
+    """Return a function that raises."""
+
+    def lack():
+        raise problem
+
+    return lack
+
+
+#: How memory runs out: as torch says it of a GPU; for real, in torch and in numpy; and as a library of CUDA's says it.
+LACKS = {
+    "gpu": raising(torch.OutOfMemoryError("CUDA out of memory")),
+    "torch": lambda: torch.empty(1 << 60, dtype=torch.uint8),
+    "numpy": lambda: np.empty(1 << 60, dtype=np.uint8),
+    "cublas": raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
+}
 
 
 @pytest.mark.parametrize("asked", [choices(20), answers(30), texts(8), choices(1, seed=3)[:3]])
@@ -447,6 +466,39 @@ def test_a_batch_that_does_not_fit_is_halved(models, asked):
     assert close(again, expected)
     assert tried > memory.tokens or len(asked) == 3
     assert max(memory.fed) <= memory.tokens
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_however_memory_runs_out_the_answers_are_those_of_small_batches(models, lack):
+    """An engine whose batches were small from the start says the same, and the user is told once what to set."""
+    model, folder, _ = models("llama")
+    asked, said = choices(20) + answers(30), []
+    small = Engine(folder, "float32", batch=16, tokens=70)
+    large = Engine(folder, "float32", batch=16, say=said.append)
+    for engine in (small, large):
+        engine.load(model.state_dict().items())
+    memory = Scarce(large, 70, LACKS[lack])
+
+    found = [ask(large, asked), ask(large, asked)]
+
+    assert all(close(one, ask(small, asked)) for one in found)
+    assert max(memory.fed) > 70
+    assert len(said) == 1
+    assert "not enough memory on cpu for a batch of" in said[0]
+    assert said[0].endswith("to spare the tries, set `tokens` of `workers`")
+    assert large.tokens <= 2 * 70
+
+
+def test_what_is_no_lack_of_memory_is_not_tried_again(models):
+    """Another error of torch's is the candidate's, at once."""
+    model, folder, _ = models("llama")
+    engine = Engine(folder, "float32", batch=16)
+    engine.load(model.state_dict().items())
+    memory = Scarce(engine, 0, raising(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        ask(engine, choices(4))
+    assert len(memory.fed) == 1
 
 
 @pytest.mark.parametrize("asked", [choices(4), answers(4)])

@@ -28,7 +28,7 @@ from evomerge.hops import Hop, Stack, copy_blend, path_of, recipe_of
 from evomerge.ledger import Answered
 from evomerge.models.resident import Resident
 from evomerge.models.stack import Stacks
-from evomerge.pool import Answer, Job
+from evomerge.pool import Answer, Job, WorkerStatus
 from evomerge.recipe import Blend, Recipe, Route, Source, copy_of
 from evomerge.search import asking
 from evomerge.search.asking import Asking
@@ -940,9 +940,12 @@ class Tape:
 
     ended = True
 
-    def answers(self) -> list[Answered]:
+    def answers(self, most: int | None = None) -> list[Answered]:
         """Return nothing."""
         return []
+
+    def sync(self) -> None:
+        """Nothing: there is no disk."""
 
     def write(self, event: Answered) -> Answered:
         """Take an event."""
@@ -952,10 +955,16 @@ class Tape:
 class OneByOne:
     """A pool of one worker that writes down its jobs and answers 1 to everything."""
 
+    workers: tuple[WorkerStatus, ...] = ()
+
     def __init__(self) -> None:
         """Begin without a job."""
         self.jobs: list[Job] = []
         self.room = True
+
+    def drain(self) -> list[Answer]:
+        """Return nothing: a job is answered when it is waited for."""
+        return []
 
     def submit(self, job: Job) -> None:
         """Take a job."""

@@ -283,6 +283,13 @@ def test_texts_may_be_a_field_of_rows(desk):
     assert task.ids("search") == ("a-1", "a-2")
 
 
+def test_texts_may_be_a_template_of_fields(desk):
+    """What is read is question and answer as one text."""
+    task = read(desk, "loss", data="rows.jsonl", text="{q}={split}", split="split")
+
+    assert [item.prompt for item in task.splits["search"]] == ["one=search"]
+
+
 @pytest.mark.parametrize(
     ("measure", "changes", "message"),
     [
@@ -291,6 +298,7 @@ def test_texts_may_be_a_field_of_rows(desk):
         ("loss", {"windov": 4}, "did you mean 'window'?"),
         ("loss", {"window": 0}, "window: must be at least 1"),
         ("loss", {"text": "a b"}, "'a b' is not the name of a field"),
+        ("loss", {"text": "{qq}"}, "no field 'qq'"),
         ("loss", {"unit": "bits"}, "unit 'bits' is not known"),
         ("loss", {"reference": "math"}, "reference: unknown key"),
         ("kl", {"reference": None}, "reference: missing"),

@@ -41,7 +41,7 @@ def race(order: Items, rivals: list[Rival], alpha: float = 0.1, first: int = 16,
         signs=dict.fromkeys(order, -1.0),
         rivals=tuple(rivals),
         alpha=alpha,
-        properties=properties.get("properties", {}),
+        properties=lambda number: properties.get("properties", {}).get(number, ()),
     )
 
 
@@ -182,7 +182,7 @@ def test_what_is_a_loss_is_better_when_small() -> None:
         signs={"a": 1.0},
         rivals=(Rival(responses={"a": (0.0,) * 64}),),
         alpha=0.1,
-        properties={},
+        properties=lambda number: (),
     )
     assert len(climb_up(runner, {"a": [1.0] * 64})) == 1
 
