@@ -13,7 +13,7 @@ The public names, each imported from its module when it is first used, so that n
 import importlib
 from typing import Any
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 #: Module and name of everything public.
 _PUBLIC = {

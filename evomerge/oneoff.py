@@ -15,6 +15,7 @@ from evomerge.methods import method
 from evomerge.models import mergekit
 from evomerge.models.anatomy import additions_of
 from evomerge.models.checkpoint import Checkpoint
+from evomerge.models.footprint import building, in_pieces
 from evomerge.models.locate import locate
 from evomerge.models.materialize import Blueprint, Step, plan, statistics_for, without_scales
 from evomerge.models.resident import OnDisk, Sources
@@ -22,22 +23,13 @@ from evomerge.models.save import save
 from evomerge.models.statistics import digest_of
 from evomerge.models.together import fitting, together
 from evomerge.models.vocabulary import Aligned
-from evomerge.operators.parts import PIECE, flat
-from evomerge.recipe import Blend, Recipe, Source, models_of, read, to_yaml
+from evomerge.recipe import Recipe, Source, models_of, read, to_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 #: Bytes of an entry in the dtypes of a recipe.
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-#: Tensors in float32 that the arithmetic of a line holds at once, for each model and beside them; and pieces, with what
-#: the allocator of a thread keeps of those that it had.
-_COPIES, _BESIDE = 4, 4
-_PIECES, _PIECES_BESIDE = 8, 8
-
-#: Bytes of an entry of a finished tensor beside its own: in float32, and while it is checked for what is not finite.
-_FINISHED = 8
 
 
 class OneOff:
@@ -93,7 +85,7 @@ class OneOff:
 
         Lines that take whole tensors have few and large operations, which are split among the threads instead.
         """
-        return fitting() if self._plain and all(map(_in_pieces, self.recipe.blends())) else 1
+        return fitting() if self._plain and all(map(in_pieces, self.recipe.blends())) else 1
 
     @property
     def peak(self) -> int:
@@ -125,10 +117,7 @@ class OneOff:
         """Return the bytes that building one tensor needs."""
         entries, models = self._entries(step), len(self.folders)
         stored = sum(self.sources.dtype(name, step.of(name)).itemsize for name in self.folders)
-        finished = entries * (stored + _BYTES[self.recipe.dtype] + _FINISHED)
-        if self._plain and _in_pieces(step.blend):
-            return finished + 4 * min(entries, PIECE) * (_PIECES * models + _PIECES_BESIDE)
-        return finished + 4 * entries * (_COPIES * models + _BESIDE)
+        return building(step.blend, entries, stored, self.recipe.dtype, models, straight=False, plain=self._plain)
 
     def write(
         self, directory: Path, device: str = "cpu", advance: Callable[[int], None] = lambda entries: None
@@ -164,12 +153,6 @@ class OneOff:
         for name, tensor in together(blueprint.tensor, names, self.together) if apart else blueprint.stream():
             yield name, tensor
             advance(tensor.numel())
-
-
-def _in_pieces(blend: Blend) -> bool:
-    """Tell whether a blend is run on flat pieces of its tensors."""
-    taking = [name for name, weight in blend.weights.items() if weight]
-    return flat(method(blend.method).bound(blend.parameters, taking))
 
 
 def wide(name: str, parameters: dict[str, object]) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from evomerge.drivers import DRIVERS
+from evomerge.drivers import DRIVERS, Nsga2, Screened, plain_driver
 from evomerge.evaluation import Task, read_task
 from evomerge.evaluation.engine import TOKENS
 from evomerge.evaluation.gates import Gates
@@ -194,21 +194,60 @@ def test_estimator_schedule_and_gates_are_read(tmp_path: Path) -> None:
 
 def test_the_size_of_batches_is_part_of_the_identity(tmp_path: Path) -> None:
     """Rows and tokens alike, since the last bits may depend on them; how many tokens is the engine's own default."""
-    found = [changed(tmp_path, workers=given).identity for given in ({}, {"batch": 64}, {"tokens": 4096}, {"count": 3})]
+    found = [changed(tmp_path, workers=given).identity for given in ({}, {"batch": 64}, {"tokens": 4096})]
 
-    assert len({*found[:3]}) == 3
-    assert found[3] == found[0]
+    assert len({*found}) == 3
+    assert changed(tmp_path, workers={}, ray={"actors": 3}).identity == found[0]
     assert changed(tmp_path, workers={}).file.workers.tokens == TOKENS
 
 
 def test_workers_are_set_up_as_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Template, dtype and sizes reach the worker."""
     monkeypatch.setattr("evomerge.search.beginning.InlinePool", lambda make, limit: (make.__self__, limit))
-    given = {"pool": "inline", "batch": 7, "tokens": 99, "threads": 3, "time_limit": 5.0}
-    setup, limit = open_pool(changed(tmp_path, workers=given, dtype="bfloat16"))
+    given = {"batch": 7, "tokens": 99, "threads": 3, "time_limit": 5.0}
+    setup, limit = open_pool(changed(tmp_path, workers=given, ray=None, dtype="bfloat16"))
 
     assert (setup.template, setup.dtype) == (ROOT / "experiments/zoo/base", "bfloat16")
     assert (setup.batch, setup.tokens, setup.threads, limit) == (7, 99, 3, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "called"),
+    [
+        (
+            {"actors": 3},
+            {"count": 3, "gpus": 0.0, "cpus": 2, "attempts": 3, "max_failures": None, "address": "local"},
+        ),
+        (
+            {
+                "actors": "per_gpu",
+                "gpus_per_worker": 0.5,
+                "cpus_per_worker": 1,
+                "max_attempts": 2,
+                "max_failures": 9,
+                "address": "head.example:6379",
+            },
+            {
+                "count": "per_gpu",
+                "gpus": 0.5,
+                "cpus": 1,
+                "attempts": 2,
+                "max_failures": 9,
+                "address": "head.example:6379",
+            },
+        ),
+    ],
+)
+def test_rays_workers_are_as_many_and_as_the_file_says(
+    given: dict[str, Any], called: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every key of `ray` reaches the pool; processors are those of the threads unless said otherwise."""
+    monkeypatch.setattr(
+        "evomerge.search.beginning.RayPool", lambda make, count, limit, **more: {"count": count, "limit": limit, **more}
+    )
+    found = open_pool(changed(tmp_path, workers={"threads": 2, "time_limit": 5.0}, ray=given))
+
+    assert found == called | {"limit": 5.0, "threads": 2}
 
 
 def test_a_task_of_lm_eval_is_given_the_template_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,3 +299,22 @@ def test_the_schema_knows_every_name() -> None:
         for name, option in options.items():
             assert set(option["properties"]) == {"name", *(field.name for field in fields(known[name]))}
             assert option["additionalProperties"] is False
+
+
+def test_a_driver_that_is_left_out_is_chosen_by_the_space_and_written_down(tmp_path: Path) -> None:
+    """Blends get the screened portfolio, stacks evolution; what a run keeps names it, and means the same experiment."""
+    data = yaml.safe_load((ROOT / "experiments/quickstart.yaml").read_text(encoding="utf-8"))
+    zoo = ROOT / "experiments/zoo"
+    data["models"] = {"base": str(zoo / "base"), "sources": {n: str(zoo / n) for n in ("arithmetic", "strings")}}
+    del data["driver"]
+    for space, kind in (("task_vectors", Screened), ("any_method", Screened), ("path", Nsga2)):
+        path = tmp_path / f"{space}.yaml"
+        path.write_text(yaml.safe_dump(data | {"space": space}), encoding="utf-8")
+        found = load(path)
+        assert type(found.driver) is kind
+        assert found.file.driver == plain_driver(found.driver)
+
+        again = tmp_path / f"{space} again.yaml"
+        again.write_text(yaml.safe_dump(found.file.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+        assert load(again).driver == found.driver
+        assert load(again).identity == found.identity

@@ -81,11 +81,37 @@ EXPERIMENTS: list[tuple[str, Callable[[dict[str, Any]], object], tuple[str, ...]
         set_key("workers", "thread", to=2),
         ("workers.thread", "unknown key", "did you mean 'threads'?"),
     ),
+    (
+        "a key that is elsewhere now",
+        set_key("workers", to={"pool": "ray", "count": 2}),
+        ("workers", "pool is not a key of workers", "ray: {actors: N}"),
+    ),
+    (
+        "unknown key of ray",
+        set_key("ray", "actor", to=2),
+        ("ray.actor", "unknown key", "did you mean 'actors'?"),
+    ),
+    (
+        "no number of workers",
+        set_key("ray", to={"actors": "per_node"}),
+        ("ray.actors", "expected a number of workers, 1 or more, or per_gpu", "'per_node'"),
+    ),
+    ("no worker", set_key("ray", to={"actors": 0}), ("ray.actors", "1 or more", "got 0")),
+    (
+        "workers per GPU without a share of one",
+        set_key("ray", to={"actors": "per_gpu"}),
+        ("ray", "per_gpu needs a gpus_per_worker above 0"),
+    ),
+    (
+        "no address",
+        set_key("ray", to={"address": "head"}),
+        ("ray.address", "expected local, auto or HOST:PORT", "'head'"),
+    ),
     ("missing key", lambda data: data.pop("models"), ("models", "missing", "evomerge schema")),
     ("wrong type", set_key("budget", "candidates", to="many"), ("budget.candidates", "integer", "'many'")),
     ("number too small", set_key("budget", "candidates", to=0), ("budget.candidates", "greater than or equal to 1")),
     ("unknown value", set_key("dtype", to="float23"), ("dtype", "'float23'", "did you mean 'float32'?")),
-    ("unknown driver", set_key("driver", "name", to="nsga"), ("driver.name", "'nsga'", "did you mean 'nsga2'?")),
+    ("unknown driver", set_key("driver", "name", to="nsg2"), ("driver.name", "'nsg2'", "did you mean 'nsga2'?")),
     (
         "unknown driver setting",
         set_key("driver", to={"name": "nsga2", "populaton": 8}),
@@ -228,6 +254,26 @@ EXPERIMENTS: list[tuple[str, Callable[[dict[str, Any]], object], tuple[str, ...]
             "space", to={"methods": ["ties"], "parameters": {"scale": {"low": 0.5, "high": 1.0, "per_source": True}}}
         ),
         ("space.parameters.scale.per_source", "ties has one value for all sources", "leave it out"),
+    ),
+    (
+        "weights for a method that is none",
+        set_key("space", to={"methods": ["ties"], "weight": {"low": 0.0, "high": 1.0, "methods": ["linaer"]}}),
+        ("space.weight.methods", "'linaer' is no method of the space", "known: ties"),
+    ),
+    (
+        "a start that names no axis",
+        set_key("space", to={"methods": ["ties"], "start": {"wieght": 0.5}}),
+        ("space: start", "no axis is called 'wieght'"),
+    ),
+    (
+        "knots for other modules",
+        set_key("space", to={"methods": ["ties"], "knots": [2, 1]}),
+        ("space: knots", "one for each of the 1 module sets"),
+    ),
+    (
+        "methods between knots",
+        set_key("space", to={"methods": ["ties", "linear"], "per_knot": True, "profile": "linear", "knots": 2}),
+        ("space: methods per knot need a constant profile",),
     ),
     (
         "a list that is empty",

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from evomerge.cli import app
+from evomerge.drivers import DRIVERS
 from evomerge.errors import ExportError
 from evomerge.evaluation.labelled import Choose
 from evomerge.experiment import Experiment, load
@@ -45,7 +46,8 @@ SMALL: dict[str, Any] = {
     "baselines": {"lambdas": [0.3]},
     "finalists": 4,
     "splits": {"search": 60, "validation": 60, "test": 40},
-    "workers": {"pool": "inline", "time_limit": 60.0},
+    "ray": None,
+    "workers": {"time_limit": 60.0},
 }
 
 
@@ -285,7 +287,7 @@ def test_one_and_two_ray_workers_leave_the_ledger_of_the_inline_pool(whole: tupl
 
     for count in (1, 2):
         (tmp_path / str(count)).mkdir()
-        experiment = load(small(tmp_path / str(count), workers={"pool": "ray", "count": count, "time_limit": 60.0}))
+        experiment = load(small(tmp_path / str(count), ray={"actors": count}))
         with prepare(experiment, tmp_path / f"run{count}") as record, open_pool(experiment) as pool:
             assert isinstance(pool, RayPool)
             killed: list[int] = []
@@ -387,12 +389,8 @@ def test_ls_show_and_schema() -> None:
     assert cli("show", "quickstart") == (ROOT / "experiments/quickstart.yaml").read_text()
     schema = json.loads(cli("schema"))
     assert {"models", "space", "objectives", "driver", "budget"} <= schema["properties"].keys()
-    assert {option["properties"]["name"]["const"] for option in schema["properties"]["driver"]["oneOf"]} == {
-        "nsga2",
-        "cma",
-        "tpe",
-        "random",
-    }
+    named = {option["properties"]["name"]["const"] for option in schema["properties"]["driver"]["oneOf"]}
+    assert named == set(DRIVERS)
 
 
 def test_every_search_space_that_ships_is_good(tmp_path: Path) -> None:

@@ -455,7 +455,7 @@ def test_a_stack_whose_activations_are_not_finite_is_a_recorded_failure(tmp_path
 def test_two_ray_workers_leave_the_ledger_of_one(whole: tuple[Path, str], tmp_path: Path) -> None:
     """Who keeps which hidden states, and in which order stacks are asked, changes nothing."""
     run, _ = whole
-    experiment = load(write(tmp_path, workers={"pool": "ray", "count": 2, "time_limit": 60.0}))
+    experiment = load(write(tmp_path, ray={"actors": 2}))
     with prepare(experiment, tmp_path / "run") as record, open_pool(experiment) as pool:
         Search(experiment, record, pool).run()
 

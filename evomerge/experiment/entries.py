@@ -1,11 +1,23 @@
 """The keys of an experiment file, their types, bounds and defaults, and their JSON schema."""
 
+import dataclasses
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from evomerge.drivers import DRIVERS
+from evomerge.drivers import DRIVERS, nested, plain_driver
 from evomerge.fitness.registry import ESTIMATORS
 from evomerge.fitness.schedule import SCHEDULES
 
@@ -35,10 +47,19 @@ class RangeEntry(_Strict):
     log: bool = False
 
 
+class WeightEntry(RangeEntry):
+    """Bounds of the weights; where low and high are equal, that is every weight."""
+
+    methods: list[str] = Field(
+        default=[], description="The methods that weights are searched for, others take 1 for each source; empty: all."
+    )
+
+
 class ParameterEntry(RangeEntry):
     """Bounds of a method's parameter."""
 
     per_source: bool = False
+    per_knot: bool = Field(default=False, description="Whether each module set has its own at each knot over depth.")
 
 
 class BlendEntry(_Strict):
@@ -49,15 +70,23 @@ class BlendEntry(_Strict):
     slots: dict[str, list[str]] = Field(
         default={}, description="In place of methods: the parts of a line, in order, and what may stand in each."
     )
-    knots: int = Field(default=1, ge=1, description="Values over depth.")
+    per_knot: bool = Field(default=False, description="Whether each group of layers has a method of its own.")
+    knots: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = Field(
+        default=1, description="Values over depth: of all module sets, or one number for each."
+    )
     profile: Literal["constant", "linear"] = "constant"
     modules: list[list[Literal["attention", "mlp", "other"]]] = [["attention", "mlp", "other"]]
-    weight: RangeEntry = RangeEntry(low=0.0, high=1.0)
+    weight: WeightEntry = WeightEntry(low=0.0, high=1.0)
     parameters: dict[str, ParameterEntry | float | str | list[str]] = Field(
         default={}, description="Bounds of a parameter's genes, a list of options, or one value."
     )
     routes: list[dict[str, Any]] = Field(
         default=[], description="Routes of a recipe that go before the search: their tensors are not searched."
+    )
+    start: dict[str, float | str] = Field(
+        default={},
+        description="Where a search begins: genes by axis, or by what its name begins with before a dot, such as "
+        "weight; others in the middle. Empty: at the best that is known.",
     )
 
 
@@ -208,13 +237,42 @@ class BaselinesEntry(_Strict):
     )
 
 
-class WorkersEntry(_Strict):
-    """Who builds and scores the candidates."""
+class WarmRecipeEntry(_Strict):
+    """A recipe to begin with, in place."""
 
-    pool: Literal["inline", "ray"] = "inline"
-    count: int = Field(default=1, ge=1)
+    label: str = Field(description="What the ledger calls it.")
+    origin: Literal["file", "earlier"] = "file"
+    genome: list[float | int | str] | None = Field(default=None, description="Its genome, where the space has one.")
+    recipe: dict[str, Any] = Field(description="As in a recipe.yaml.")
+
+
+class WarmEntry(_Strict):
+    """What is asked beside the baselines before the search begins, and what drivers may start from."""
+
+    methods: bool | list[str] = Field(
+        default=False, description="Named methods at their defaults, on all sources; true: every one that fits."
+    )
+    runs: list[str] = Field(
+        default=[], description="The front of an earlier run: run:FOLDER; or one of its candidates: run:FOLDER@17."
+    )
+    files: list[str] = Field(default=[], description="Recipes, and YAML files of mergekit's, relative to the file.")
+    recipes: list[WarmRecipeEntry] = Field(
+        default=[], description="Recipes in place; a run keeps here what its runs and files held."
+    )
+
+
+#: Keys that the workers had up to version 0.4, and what says the same.
+_MOVED = {
+    "pool": "ray: {actors: N} for workers by Ray, nothing for one in this process",
+    "count": "ray: {actors: N}",
+    "gpus": "ray: {gpus_per_worker: X}",
+}
+
+
+class WorkersEntry(_Strict):
+    """What each worker that builds and scores candidates is like."""
+
     threads: int = Field(default=1, ge=1, description="Threads of torch in each worker.")
-    gpus: float = Field(default=0.0, ge=0, description="GPUs per worker; a fraction shares one.")
     device: str = "cpu"
     resident_gb: float | None = Field(default=None, ge=0, description="GB of sources to keep on a GPU; default: all.")
     batch: int = Field(default=128, ge=1, description="The most rows of a batch.")
@@ -223,6 +281,57 @@ class WorkersEntry(_Strict):
         default=1.0, ge=0, description="GB of hidden states that a worker keeps for stacks that begin alike; 0: none."
     )
     time_limit: float = Field(default=600.0, gt=0, description="Seconds after which a candidate has failed.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _elsewhere(cls, given: object) -> object:
+        for old, new in _MOVED.items():
+            if isinstance(given, dict) and old in given:
+                raise PydanticCustomError("moved", f"{old} is not a key of workers; write {new}")
+        return given
+
+
+class RayEntry(_Strict):
+    """Workers in processes of their own, by Ray, here or in a cluster; see docs/cluster.md."""
+
+    address: str = Field(
+        default="local",
+        description="local: start Ray on this machine; auto: the one that runs, by RAY_ADDRESS or `ray start`; or "
+        "HOST:PORT.",
+    )
+    actors: int | Literal["per_gpu"] = Field(
+        default=1, description="Workers; per_gpu: as many as fit the cluster's GPUs, while nodes join and leave."
+    )
+    gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs of each worker; a fraction shares one.")
+    cpus_per_worker: float | None = Field(
+        default=None, ge=0, description="Processors that Ray books for each; default: as many as it has threads."
+    )
+    max_failures: int | None = Field(
+        default=None, ge=1, description="Stop when so many candidates failed because workers died or hung."
+    )
+    max_attempts: int = Field(
+        default=3, ge=1, description="How many workers may die over one candidate before it has failed."
+    )
+
+    @field_validator("actors", mode="before")
+    @classmethod
+    def _some(cls, actors: object) -> object:
+        if actors != "per_gpu" and (isinstance(actors, bool) or not isinstance(actors, int) or actors < 1):
+            raise PydanticCustomError("actors", "expected a number of workers, 1 or more, or per_gpu")
+        return actors
+
+    @field_validator("address")
+    @classmethod
+    def _somewhere(cls, address: str) -> str:
+        if address not in ("local", "auto") and not re.fullmatch(r"[^\s/]+:\d{1,5}", address):
+            raise PydanticCustomError("address", "expected local, auto or HOST:PORT")
+        return address
+
+    @model_validator(mode="after")
+    def _share(self) -> Self:
+        if self.actors == "per_gpu" and not self.gpus_per_worker:
+            raise PydanticCustomError("actors", "actors: per_gpu needs a gpus_per_worker above 0")
+        return self
 
 
 class ExportEntry(_Strict):
@@ -239,7 +348,9 @@ class ExperimentFile(_Strict):
     models: ModelsEntry
     space: _AnySpace
     objectives: list[ObjectiveEntry] = Field(min_length=1)
-    driver: dict[str, Any] = Field(description="name: one of the drivers; and its settings.")
+    driver: dict[str, Any] | None = Field(
+        default=None, description="name: one of the drivers; and its settings. Default: by the kind of space."
+    )
     budget: BudgetEntry
     estimator: dict[str, Any] = Field(
         default={"name": "auto"}, description="name: how responses become scores; and its settings."
@@ -251,10 +362,17 @@ class ExperimentFile(_Strict):
     gates: GatesEntry = GatesEntry()
     splits: SplitsEntry = SplitsEntry()
     baselines: BaselinesEntry = BaselinesEntry()
+    warm: WarmEntry = WarmEntry()
     finalists: int = Field(default=16, ge=1, description="Candidates re-scored on all validation items.")
     workers: WorkersEntry = WorkersEntry()
+    ray: RayEntry | None = Field(default=None, description="Workers by Ray; without it there is one, in this process.")
     calibration: str | None = Field(
         default=None, description="A file of texts, for methods that take statistics: one a line, or JSONL with `text`."
+    )
+    store: str | None = Field(
+        default=None,
+        description="A file that keeps every response, so that no run that shares it asks for one again; relative to "
+        "the file. On a shared folder its file system must lock for all machines.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(description="Dtype of the models built and shipped.")
     export: ExportEntry = ExportEntry()
@@ -283,7 +401,34 @@ def schema() -> dict[str, Any]:
 
 def _named(name: str, settings: Any) -> dict[str, Any]:
     """Return the schema of a value whose class is given by its name."""
-    form = TypeAdapter(settings).json_schema()
-    form["properties"] = {"name": {"const": name}, **form.get("properties", {})}
-    form["required"] = ["name", *form.get("required", [])]
+    inner = nested(settings)
+    form = TypeAdapter(_without(settings, inner) if inner else settings).json_schema()
+    form["properties"] = {"name": {"const": name}, **form.get("properties", {}), **_drivers(settings, inner)}
+    required = {field.name for field in dataclasses.fields(settings) if _required(field)}
+    form["required"] = ["name", *form.get("required", []), *(key for key in inner if key in required)]
     return form | {"additionalProperties": False}
+
+
+def _without(settings: Any, inner: Mapping[str, bool]) -> Any:
+    """Return a class of settings without those that are drivers."""
+    kept = [(each.name, each.type, each) for each in dataclasses.fields(settings) if each.name not in inner]
+    outer = dataclasses.make_dataclass(settings.__name__, kept, kw_only=True)
+    outer.__doc__ = settings.__doc__
+    return outer
+
+
+def _drivers(settings: Any, inner: Mapping[str, bool]) -> dict[str, Any]:
+    """Return the schemas of those settings of a driver that are drivers: what a driver may be, or a list of that."""
+    fields: Mapping[str, Any] = {each.name: each for each in dataclasses.fields(settings)}
+    found: dict[str, Any] = {}
+    for name, several in inner.items():
+        found[name] = {"$ref": "#/properties/driver"}
+        if several:
+            found[name] = {"type": "array", "items": found[name]}
+            if not _required(fields[name]):
+                found[name]["default"] = [plain_driver(own) for own in fields[name].default]
+    return found
+
+
+def _required(field: Any) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

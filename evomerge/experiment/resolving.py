@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from evomerge import library
 from evomerge.bankfile import files_of, read_bank
-from evomerge.drivers import DRIVERS, Settings
+from evomerge.drivers import Settings, default_driver, plain_driver, read_driver
 from evomerge.errors import ExperimentError, InvalidInput, nearest
 from evomerge.evaluation import SPLITS, Task, build_task, read_task
 from evomerge.evaluation.gates import Gates
@@ -29,6 +29,7 @@ from evomerge.experiment.entries import (
 from evomerge.experiment.reading import one_line, read_file, read_yaml
 from evomerge.experiment.sources import Models, find_models, leaf_of, pathless
 from evomerge.experiment.stacking import hybrid_space, measured, path_space, sakana_space, stackable
+from evomerge.experiment.warm import warm_starts
 from evomerge.fitness.bank import Prior, prior
 from evomerge.fitness.estimator import Estimator
 from evomerge.fitness.registry import plain_estimator, read_estimator
@@ -37,7 +38,7 @@ from evomerge.methods import Method, Parameter, check, method
 from evomerge.objective import Objective
 from evomerge.recipe import Route, Source
 from evomerge.spaces.blend import METHOD_AXIS, NONE, BlendSpace, ParameterRange, Range, Slot
-from evomerge.spaces.proposals import Space
+from evomerge.spaces.proposals import Proposal, Space, baselines
 from evomerge.value import digest, parse, plain, value
 
 T = TypeVar("T")
@@ -71,6 +72,8 @@ class Experiment:
         schedule: who is asked how many items, and when.
         gates: what a candidate must pass before its first item.
         bank: what other models answered to the search items, if the experiment names a bank.
+        store: the file that keeps every response, if the experiment names one; it decides nothing.
+        warm: what is asked beside the baselines before the search begins.
     """
 
     file: ExperimentFile
@@ -84,6 +87,8 @@ class Experiment:
     schedule: Fixed | Warmup | Race
     gates: Gates
     bank: Prior | None = None
+    store: Path | None = None
+    warm: tuple[Proposal, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -93,10 +98,17 @@ class Experiment:
         # The last bits of answers may depend on these; how many workers there are, and where, changes nothing.
         arithmetic = self.file.workers.model_dump(include={"batch", "tokens", "device", "threads"})
         tasks = {name: task.fingerprint for name, task in self.tasks.items()}
-        named = [[type(one).__name__, plain(one)] for one in (self.driver, self.schedule, self.gates)]
+        named = [[type(one).__name__, plain(one)] for one in (self.schedule, self.gates)]
         bank = None if self.bank is None else [self.bank.digest, self.bank.weight, self.bank.nearest]
-        asking = [*named, plain_estimator(self.estimator), bank]
-        return digest([space, asked, arithmetic, tasks, asking, plain(self.objectives), len(self.baselines)])
+        asking = [plain_driver(self.driver), *named, plain_estimator(self.estimator), bank]
+        warm = [[one.origin, one.label, one.recipe.digest, plain(one.genome)] for one in self.warm]
+        begun = [warm] if warm else []
+        return digest([space, asked, arithmetic, tasks, asking, plain(self.objectives), len(self.baselines), *begun])
+
+    @property
+    def proposals(self) -> list[Proposal]:
+        """All that is asked before the search and has no genome to be found again by: baselines, warm starts."""
+        return [*baselines(self.space, self.baselines, self.file.baselines.lambdas), *self.warm]
 
     @property
     def template(self) -> Path:
@@ -139,18 +151,24 @@ def resolve(file: ExperimentFile, path: Path, stages: Mapping[str, str] | None =
     space, entry = _space(entry, file, models, tasks, path)
     estimator, schedule = _asked(file, path)
     bank = _bank(file, path, tasks)
+    warm, begun = warm_starts(file, path, models, space, stages or {})
+    stacked = not isinstance(space, BlendSpace)
+    driver = default_driver(stacked) if file.driver is None else read_driver(file.driver, f"{path}: driver")
+    found = {"warm": begun, "driver": plain_driver(driver) if file.driver is None else file.driver}
     return Experiment(
-        file=_absolute(file, path, models, entry, places),
+        file=_absolute(file, path, models, entry, places).model_copy(update=found),
         folders=models.folders,
         baselines=tuple(models.named.values()),
         space=space,
         objectives=objectives,
         tasks=tasks,
-        driver=_driver(file, f"{path}: driver"),
+        driver=driver,
         estimator=estimator,
         schedule=schedule,
         gates=_gates(file, f"{path}: gates"),
         bank=bank,
+        store=None if file.store is None else _beside(path, file.store),
+        warm=warm,
     )
 
 
@@ -229,18 +247,30 @@ def _blend_space(
             depth=depth,
             methods=tuple(entry.methods),
             slots=tuple(Slot(name=name, options=tuple(options)) for name, options in entry.slots.items()),
-            knots=entry.knots,
+            knots=entry.knots if isinstance(entry.knots, int) else tuple(entry.knots),
             profile=entry.profile,
             modules=tuple(tuple(modules) for modules in entry.modules),
-            weight=Range(**entry.weight.model_dump()),
+            weight=_weights(entry, f"{place}.weight"),
             parameters=parameters,
             routes=routes,
             dtype=file.dtype,
             seed=file.seed,
             calibration=calibration,
+            per_knot=entry.per_knot,
+            first=entry.start,
         )
     except InvalidInput as problem:
-        raise ExperimentError(f"{place}: {problem}") from None
+        text = str(problem)
+        raise ExperimentError(text if text.startswith(place) else f"{place}: {text}") from None
+
+
+def _weights(entry: BlendEntry, place: str) -> Range:
+    """Return the bounds of the weights; methods that they are for must be among the space's."""
+    for name in entry.weight.methods:
+        if name not in entry.methods:
+            known = nearest(name, entry.methods)
+            raise ExperimentError(f"{place}.methods: {name!r} is no method of the space; {known}")
+    return Range(**entry.weight.model_dump() | {"methods": tuple(entry.weight.methods)})
 
 
 def _calibration(file: ExperimentFile, path: Path) -> Source | None:
@@ -396,11 +426,6 @@ def _cut(task: Task, sizes: SplitsEntry, place: str) -> Task:
     return task.cut({split: size for split in SPLITS if (size := getattr(sizes, split)) is not None})
 
 
-def _driver(file: ExperimentFile, place: str) -> Settings:
-    kind, given = _kind(file.driver, DRIVERS, place)
-    return _settings(kind, given, place)
-
-
 def _asked(file: ExperimentFile, path: Path) -> tuple[Estimator, Fixed | Warmup | Race]:
     """Return estimator and schedule, and refuse two that do not fit."""
     estimator = read_estimator(file.estimator, f"{path}: estimator")
@@ -478,6 +503,19 @@ def _absolute(
     bank = file.bank
     if bank is not None:
         bank = bank.model_copy(update={"path": str(files_of((path.parent / bank.path).resolve())[1])})
+    store = None if file.store is None else str(_beside(path, file.store))
     return file.model_copy(
-        update={"models": entry, "space": space, "objectives": objectives, "calibration": calibration, "bank": bank}
+        update={
+            "models": entry,
+            "space": space,
+            "objectives": objectives,
+            "calibration": calibration,
+            "bank": bank,
+            "store": store,
+        }
     )
+
+
+def _beside(path: Path, reference: str) -> Path:
+    """Return the file that a reference in an experiment means."""
+    return (path.resolve().parent / Path(reference).expanduser()).resolve()

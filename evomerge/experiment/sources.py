@@ -1,7 +1,7 @@
 """The models that an experiment names: folders, models of the hub, and candidates of other runs."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -9,12 +9,12 @@ import numpy as np
 
 from evomerge.errors import ExperimentError, InvalidInput, LedgerError
 from evomerge.experiment.entries import ExperimentFile
-from evomerge.ledger import Asked, Finished, Rescored, read
+from evomerge.ledger import BASELINES, Asked, Event, Finished, Rescored, read
 from evomerge.models.checkpoint import Checkpoint, check_compatible
 from evomerge.models.locate import locate
 from evomerge.pareto import knee
 from evomerge.recipe import Recipe, Source, models_of
-from evomerge.spaces.proposals import baselines, recipe_of
+from evomerge.spaces.proposals import WARM, recipe_of
 from evomerge.value import Plain
 
 #: How a reference to a candidate of a run begins: run:FOLDER, run:FOLDER@best, run:FOLDER@knee or run:FOLDER@17.
@@ -91,7 +91,7 @@ def find_models(file: ExperimentFile, path: Path, stages: Mapping[str, str] | No
         if "." in name:
             raise ExperimentError(f"{path}: {place}: a source's name must not hold a dot; rename it")
         try:
-            named[name], references[name] = _found(name, _staged(reference, stages or {}), path)
+            named[name], references[name] = _found(name, staged(reference, stages or {}), path)
         except InvalidInput as problem:
             raise ExperimentError(f"{path}: {place}: {problem}") from None
     folders = _leaves(named, path)
@@ -100,7 +100,7 @@ def find_models(file: ExperimentFile, path: Path, stages: Mapping[str, str] | No
     return Models(named=named, references=references, folders=folders, checkpoints=checkpoints)
 
 
-def _staged(reference: str, stages: Mapping[str, str]) -> str:
+def staged(reference: str, stages: Mapping[str, str]) -> str:
     """Return what a reference to a stage stands for; any other as it is."""
     stage, at, which = reference.partition("@")
     if stage not in stages:
@@ -114,20 +114,31 @@ def _found(name: str, reference: str, path: Path) -> tuple[Source, str]:
     if not reference.startswith(RUN):
         folder = locate(reference, near)
         return Source(name=name, path=str(folder)), str(folder)
+    folder, which = run_of(reference, near)
+    [(event, recipe)] = candidates_of(folder, which or "best")
+    return Source(name=name, recipe=recipe), f"{RUN}{folder}@{event.candidate}"
+
+
+def run_of(reference: str, near: Path) -> tuple[Path, str]:
+    """Return the folder of the run that a reference means, and which candidate, where it says so.
+
+    Args:
+        reference: run:FOLDER, or run:FOLDER@WHICH.
+        near: the folder of the experiment.
+    """
     text, _, which = reference.removeprefix(RUN).partition("@")
     places = [near / Path(text).expanduser(), Path(text).expanduser()]
-    folder = next((place.resolve() for place in places if (place / "ledger.jsonl").is_file()), places[0])
-    number, recipe = candidate_of(folder, which or "best")
-    return Source(name=name, recipe=recipe), f"{RUN}{folder}@{number}"
+    return next((place.resolve() for place in places if (place / "ledger.jsonl").is_file()), places[0]), which
 
 
-def candidate_of(folder: Path, which: str) -> tuple[int, Recipe]:
-    """Return a candidate of a run and its recipe.
+def candidates_of(folder: Path, which: str) -> list[tuple[Asked, Recipe]]:
+    """Return candidates of a run and their recipes.
 
     Args:
         folder: of the run.
-        which: a number; `knee` of the front; or `best`, with the least weighted sum of losses on the validation split
-            among the merges of the front, and among all of the front where there is no merge.
+        which: a number; `knee` of the front; `best`, with the least weighted sum of losses on the validation split
+            among the merges of the front, and among all of the front where there is no merge; or nothing: all merges
+            of the front.
 
     Raises:
         LedgerError: if there is no such run or candidate, or the run has no front yet.
@@ -141,26 +152,36 @@ def candidate_of(folder: Path, which: str) -> tuple[int, Recipe]:
     asked = {event.candidate: event for event in events if isinstance(event, Asked)}
     experiment = load(folder / "experiment.yaml")
     if which.isdecimal():
-        number = int(which)
-        if number not in asked:
-            raise LedgerError(f"{folder}: has no candidate {number}; give one below {len(asked)}")
-    elif which in ("best", "knee"):
+        if int(which) not in asked:
+            raise LedgerError(f"{folder}: has no candidate {int(which)}; give one below {len(asked)}")
+        numbers = [int(which)]
+    elif which in ("", "best", "knee"):
         front = next((event.front for event in events if isinstance(event, Finished)), ())
         if not front:
             raise LedgerError(f"{folder}: the run has no front yet; finish it, or name a candidate as @NUMBER")
-        merges = [i for i in front if asked[i].genome is not None and asked[i].origin != "source"] or list(front)
-        losses = {
-            event.candidate: event.losses
-            for event in events
-            if isinstance(event, Rescored) and event.split == "validation" and event.losses is not None
-        }
-        weights = np.array([objective.weight for objective in experiment.objectives])
-        matrix = np.array([losses[i] for i in merges])
-        number = merges[knee(matrix) if which == "knee" else int((matrix @ weights).argmin())]
+        weights = [objective.weight for objective in experiment.objectives]
+        numbers = _chosen(events, asked, front, weights, which)
     else:
         raise LedgerError(f"{folder}@{which}: give a candidate's number, best or knee")
-    known = baselines(experiment.space, experiment.baselines, experiment.file.baselines.lambdas)
-    return number, recipe_of(known, experiment.space, asked[number])
+    return [(asked[i], recipe_of(experiment.proposals, experiment.space, asked[i])) for i in numbers]
+
+
+def _chosen(
+    events: Sequence[Event], asked: Mapping[int, Asked], front: Sequence[int], weights: Sequence[float], which: str
+) -> list[int]:
+    """Return the best, the knee or, where nothing is said, all merges of a front."""
+    if not which:
+        return [i for i in front if asked[i].origin not in BASELINES]
+    made = {i for i, event in asked.items() if event.genome is not None and event.origin != "source"}
+    made |= {i for i, event in asked.items() if event.origin in WARM}
+    merges = [i for i in front if i in made] or list(front)
+    losses = {
+        event.candidate: event.losses
+        for event in events
+        if isinstance(event, Rescored) and event.split == "validation" and event.losses is not None
+    }
+    matrix = np.array([losses[i] for i in merges])
+    return [merges[knee(matrix) if which == "knee" else int((matrix @ np.array(weights)).argmin())]]
 
 
 def _leaves(named: Mapping[str, Source], path: Path) -> dict[str, Path]:

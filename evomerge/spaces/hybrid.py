@@ -24,7 +24,7 @@ class HybridSpace:
     Attributes:
         blend: how the layers are blended.
         edits: how they are stacked; `BLEND` is the primary source.
-        probed: whether the blend in the middle of its axes is asked before the search, with single drops and repeats.
+        probed: whether the blend that a search begins with is asked before it, with single drops and repeats.
     """
 
     blend: BlendSpace
@@ -78,8 +78,9 @@ class HybridSpace:
 
     @property
     def start(self) -> Genome | None:
-        """The middle of the blend's axes, nothing edited."""
-        return (*from_unit(self.blend.axes, [0.5] * len(self.blend.axes)), *self.edits.rest())
+        """Where the blend begins, or the middle of its axes, nothing edited."""
+        blend = self.blend.start or from_unit(self.blend.axes, [0.5] * len(self.blend.axes))
+        return (*blend, *self.edits.rest())
 
     def decode(self, genome: Genome) -> Recipe:
         """Return the recipe of a genome: a stack of a source that is a recipe itself, or that recipe alone.
@@ -115,4 +116,9 @@ class HybridSpace:
     def genome_of_constant(self, method: str, weight: Mapping[str, float]) -> Genome | None:
         """Return the genome that decodes to `constant(method, weight)`, or None if the space has none."""
         found = self.blend.genome_of_constant(method, weight)
+        return None if found is None else (*found, *self.edits.rest())
+
+    def genome_of_defaults(self, method: str, weight: Mapping[str, float]) -> Genome | None:
+        """Return the genome that decodes to `constant(method, weight)` where parameters are searched too, or None."""
+        found = self.blend.genome_of_defaults(method, weight)
         return None if found is None else (*found, *self.edits.rest())

@@ -1,4 +1,4 @@
-"""Candidates that nobody searched for: the baselines of every run, layer probes, and a warm-up's random genomes."""
+"""Candidates that nobody searched for: baselines, warm starts, layer probes, and a warm-up's random genomes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,25 @@ import numpy as np
 
 from evomerge.errors import LedgerError
 from evomerge.genome import Genome, SearchSpace
+from evomerge.methods import canonical
 from evomerge.recipe import Recipe, Source, copy_of
 from evomerge.spaces.edits import Prior
+from evomerge.stages import METHODS
 from evomerge.value import value
 
 #: The origin of layer probes; their labels are an operation and a place.
 PROBE = "probe"
+
+#: The origins of warm starts: a named method at its defaults, a candidate of an earlier run, a recipe in a file.
+METHOD, EARLIER, FILE = "method", "earlier", "file"
+WARM = (METHOD, EARLIER, FILE)
+
+#: Named methods that are defined for one model beside the base, and for two.
+_SINGLE = ("passthrough", "expo", "nearswap", "arcee_fusion")
+_PAIR = ("slerp", "nuslerp")
+
+#: What baselines are made by.
+_BASELINES = ("linear", "task_arithmetic")
 
 #: Stream of random numbers of the warm-up; other parts of a run have their own.
 _STREAM = 1
@@ -65,7 +78,11 @@ class Space(SearchSpace, Protocol):
         ...
 
     def genome_of_constant(self, method: str, weight: Mapping[str, float]) -> Genome | None:
-        """Return the genome of it, or None if the space has none."""
+        """Return the genome of it, or None if the space has none, or searches parameters of the method."""
+        ...
+
+    def genome_of_defaults(self, method: str, weight: Mapping[str, float]) -> Genome | None:
+        """Return the genome of it, or None if the space has none; parameters that are searched have their defaults."""
         ...
 
 
@@ -139,6 +156,50 @@ def baselines(space: Space, models: Sequence[Source], lambdas: Sequence[float]) 
     return found
 
 
+def applicable(space: Space) -> list[str]:
+    """Return the named methods that can merge all sources of a space, each kind once; not those of the baselines.
+
+    Those that take task vectors need a base, those that take statistics a file of texts, and some are defined for one
+    or for two models.
+    """
+    weights = {source.name: 1.0 for source in space.sources}
+    made = [canonical(name, weights, {}) for name in _BASELINES]
+    found = []
+    for name in METHODS:
+        form = canonical(name, weights, {})
+        if not lacking(space, name) and form not in made:
+            found.append(name)
+            made.append(form)
+    return found
+
+
+def lacking(space: Space, name: str) -> str:
+    """Return what a named method needs and a space has not; nothing where it can merge all sources."""
+    count = len(space.sources)
+    if METHODS[name].needs_base and space.base is None:
+        return "takes task vectors; give models.base"
+    if METHODS[name].statistics:
+        texts = space.constant("linear", {source.name: 1.0 for source in space.sources}).calibration
+        if texts is None:
+            return f"takes statistics ({', '.join(METHODS[name].statistics)}); give `calibration`, in a space of blends"
+    wanted = 1 if name in _SINGLE else 2 if name in _PAIR else count
+    return "" if count == wanted else f"merges {wanted} of the {count} sources; leave it out"
+
+
+def named_methods(space: Space, names: Sequence[str]) -> list[Proposal]:
+    """Return merges of all sources by named methods at their defaults, every source with a weight of 1."""
+    weights = {source.name: 1.0 for source in space.sources}
+    return [
+        Proposal(
+            origin=METHOD,
+            label=name,
+            genome=space.genome_of_defaults(name, weights),
+            recipe=space.constant(name, weights),
+        )
+        for name in names
+    ]
+
+
 def probes(space: Space) -> list[Proposal]:
     """Return single edits of where a search of stacks begins, which tell what each layer is worth."""
     return [
@@ -161,7 +222,7 @@ def recipe_of(known: Sequence[Proposal], space: Space, event: Recorded) -> Recip
     """Return the recipe of a candidate that a ledger names.
 
     Args:
-        known: the baselines of the run.
+        known: the baselines and the warm starts of the run.
         space: its space.
         event: what the ledger says.
 

@@ -87,6 +87,10 @@ class PathSpace:
         same = self.edits.begin == whole and alone == [self.edits.primary] and weight[alone[0]] == 1.0
         return self.edits.rest() if same else None
 
+    def genome_of_defaults(self, method: str, weight: Mapping[str, float]) -> Genome | None:
+        """Return what `genome_of_constant` does: no parameter is searched."""
+        return self.genome_of_constant(method, weight)
+
 
 @value
 class SakanaSpace:
@@ -191,6 +195,10 @@ class SakanaSpace:
     def genome_of_constant(self, method: str, weight: Mapping[str, float]) -> Genome | None:
         """Return None: the forced ends stand beside those that indicators name, so no source is in the space."""
         return None
+
+    def genome_of_defaults(self, method: str, weight: Mapping[str, float]) -> Genome | None:
+        """Return what `genome_of_constant` does: no parameter is searched."""
+        return self.genome_of_constant(method, weight)
 
 
 #: The standard deviation with which EvoJAX's CMA-ES begins by default.

@@ -255,6 +255,153 @@ def test_impossible_spaces_are_refused(change, message):
         make(**change)
 
 
+LAYERED = {
+    "density": ParameterRange(low=0.1, high=0.9, per_source=True, per_knot=True, methods=("ties",)),
+    "scale": ParameterRange(low=0.0, high=2.0, per_knot=True, methods=("ties", "task_arithmetic")),
+    "normalize": ParameterRange(low=0.0, high=0.0, methods=("ties",)),
+}
+
+
+def test_parameters_may_stand_at_knots_as_weights_do():
+    """One gene per source, module set and knot; a layer reads those of its set, between knots on the line."""
+    space = make(
+        methods=("ties",), depth=3, profile="linear", modules=(("attention", "other"), ("mlp",)), parameters=LAYERED
+    )
+    genes = {axis.name: axis.low for axis in space.axes}
+    genes |= {"density.b.1.0": 0.2, "density.b.1.1": 0.8, "scale.1.0": 1.0, "scale.1.1": 2.0, "scale.0.1": 0.5}
+    recipe = space.decode(tuple(genes.values()))
+
+    assert [name for name in genes if not name.startswith("weight")] == [
+        *(f"density.{source}.{m}.{k}" for source in "ab" for m in (0, 1) for k in (0, 1)),
+        *("scale.0.0", "scale.0.1", "scale.1.0", "scale.1.1"),
+    ]
+    found = [blend.parameters for blend in blends(recipe, "mlp")]
+    assert [each["density"]["b"] for each in found] == pytest.approx([0.2, 0.5, 0.8])
+    assert [each["density"]["a"] for each in found] == pytest.approx([0.1] * 3)
+    assert [each["scale"] for each in found] == pytest.approx([1.0, 1.5, 2.0])
+    assert [blend.parameters["scale"] for blend in blends(recipe, "attention")] == pytest.approx([0.0, 0.25, 0.5])
+    assert end(recipe, "head").parameters["scale"] == 0.5
+    assert all(each["normalize"] == 0.0 for each in found)
+
+
+def test_module_sets_may_have_numbers_of_knots_of_their_own():
+    """Three values over depth for one, one value for another."""
+    space = make(sources=(A,), depth=5, knots=(3, 1), profile="linear", modules=(("attention",), ("mlp", "other")))
+    recipe = space.decode((0.0, 1.0, 0.5, 0.25))
+
+    assert [axis.name for axis in space.axes] == ["weight.a.0.0", "weight.a.0.1", "weight.a.0.2", "weight.a.1.0"]
+    found = {group: [blend.weights["a"] for blend in blends(recipe, group)] for group in GROUPS}
+    assert found["attention"] == pytest.approx([0.0, 0.5, 1.0, 0.75, 0.5])
+    assert found["mlp"] == found["other"] == [0.25] * 5
+    assert "3 | 1 linear" in space.headline
+
+
+def test_weights_that_are_not_searched_are_no_genes():
+    """Equal bounds are every weight; methods that weights are not for give each source a weight of 1."""
+    fixed = make(weight=Range(low=0.5, high=0.5), methods=("ties",), knots=1, parameters=LAYERED)
+    some = make(weight=Range(low=0.0, high=1.0, methods=("linear",)), methods=("linear", "ties"), knots=1)
+    axes = {axis.name: axis for axis in some.axes}
+
+    assert not any(axis.name.startswith("weight") for axis in fixed.axes)
+    assert fixed.decode(tuple(axis.low for axis in fixed.axes)).routes[0].blend.weights == {"a": 0.5, "b": 0.5}
+    assert axes["weight.a.0.0"].active_if.options == ("linear",)
+    assert some.decode(("linear", 0.2, 0.3)).routes[0].blend.weights == {"a": 0.2, "b": 0.3}
+    assert some.decode(("ties", 0.2, 0.3)).routes[0].blend.weights == {"a": 1.0, "b": 1.0}
+    assert some.genome_of_constant("linear", {"a": 0.2, "b": 0.3}) == ("linear", 0.2, 0.3)
+    assert some.genome_of_constant("ties", {"a": 0.2, "b": 0.3}) is None
+    assert fixed.genome_of_constant("ties", {"a": 1.0, "b": 1.0}) is None
+
+
+def test_each_group_of_layers_may_have_a_method_of_its_own():
+    """A choice per knot, under which the genes of that knot are active; all modules of a layer have the method."""
+    space = make(
+        per_knot=True,
+        methods=("linear", "ties"),
+        modules=(("attention",), ("mlp", "other")),
+        weight=Range(low=0.0, high=1.0, methods=("linear",)),
+        parameters=LAYERED | {"slack": ParameterRange(low=0.0, high=1.0, methods=("ties",))},
+    )
+    axes = {axis.name: axis for axis in space.axes}
+    genes = {axis.name: axis.from_unit(0.5) for axis in space.axes} | {"method.0": "ties", "method.1": "linear"}
+    genes |= {"scale.0.0": 0.25, "scale.1.0": 0.75, "weight.a.0.1": 0.125, "slack": 0.5}
+    recipe = space.decode(tuple(genes.values()))
+
+    assert list(axes)[:2] == ["method.0", "method.1"]
+    assert axes["weight.b.1.1"].active_if.axis == "method.1"
+    assert axes["density.b.1.0"].active_if.axis == "method.0"
+    assert axes["slack"].active_if is None
+    for group, m in {"attention": 0, "mlp": 1, "other": 1}.items():
+        first, second, third, fourth = blends(recipe, group)
+        assert first == second
+        assert third == fourth
+        assert (first.method, third.method) == ("ties", "linear")
+        assert first.weights == {"a": 1.0, "b": 1.0}
+        assert third.weights == {"a": 0.125 if m == 0 else 0.5, "b": 0.5}
+        assert first.parameters["scale"] == (0.25, 0.75)[m]
+        assert first.parameters["slack"] == 0.5
+        assert third.parameters == {}
+    assert (end(recipe, "embedding").method, end(recipe, "head").method) == ("ties", "linear")
+    assert space.genome_of_constant("linear", {"a": 1.0, "b": 0.0})[:2] == ("linear", "linear")
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_genes_of_a_group_that_are_not_active_change_nothing(data):
+    """With a choice per knot, and weights for one of the methods, inactive genes are those that are not read."""
+    space = make(
+        per_knot=True, methods=("linear", "ties"), modules=APART, parameters=LAYERED,
+        weight=Range(low=0.0, high=1.0, methods=("linear",)),
+    )  # fmt: skip
+    unit = st.lists(st.floats(0, 1), min_size=len(space.axes), max_size=len(space.axes))
+    one, other = from_unit(space.axes, data.draw(unit)), from_unit(space.axes, data.draw(unit))
+    mixed = tuple(
+        gene if counts else rest for gene, rest, counts in zip(one, other, active(space.axes, one), strict=True)
+    )
+
+    assert space.decode(mixed).digest == space.decode(one).digest
+
+
+def test_the_ends_of_a_way_between_two_sources_are_these():
+    """The first source is at t = 0 everywhere, the second at 1; what is neither has no genome."""
+    way = ParameterRange(low=0.0, high=1.0, per_knot=True, methods=("zero | slerp",))
+    space = make(methods=("zero | slerp",), weight=Range(low=1.0, high=1.0), parameters={"t": way})
+
+    assert space.genome_of_constant("linear", {"a": 1.0, "b": 0.0}) == (0.0, 0.0)
+    assert space.genome_of_constant("linear", {"a": 0.0, "b": 1.0}) == (1.0, 1.0)
+    assert space.genome_of_constant("linear", {"a": 0.5, "b": 0.5}) is None
+    short = replace(space, parameters={"t": replace(way, low=0.25)})
+    assert short.genome_of_constant("linear", {"a": 1.0, "b": 0.0}) is None
+    three = replace(space, sources=(A, B, Source(name="c", path="c")))
+    assert three.genome_of_constant("linear", {"a": 1.0, "b": 0.0, "c": 0.0}) is None
+
+
+def test_a_space_may_say_where_a_search_begins():
+    """By an axis's name or what it begins with, the longest counts; what is not named begins in its middle."""
+    first = {"weight": 0.25, "weight.b": 0.75, "density.a": 0.5}
+    space = make(methods=("task_arithmetic", "dare_ties"), parameters={"density": DENSITY}, first=first)
+
+    assert space.start == ("dare_ties", 0.25, 0.25, 0.75, 0.75, 0.5, pytest.approx(0.55))
+    assert make().start is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"knots": (2, 2)}, r"knots must be one number, or one for each of the 1 module sets, got \(2, 2\)"),
+        ({"knots": (5,)}, r"knots must lie in \[1, 4\] for 4 layers, got 5"),
+        ({"per_knot": True, "profile": "linear"}, "methods per knot need a constant profile"),
+        ({"per_knot": True, "knots": (2, 1), "modules": (("mlp", "other"), ("attention",))}, "as many knots for all"),
+        ({"parameters": {"zero": ParameterRange(options=("plus",), per_knot=True)}}, "parameter 'zero' cannot differ"),
+        ({"first": {"wieght": 0.5}}, "start: no axis is called 'wieght'"),
+        ({"first": {"weight.a": 1.5}}, "start: gene 1.5 is not within the axis"),
+    ],
+)
+def test_what_cannot_stand_at_knots_or_begin_a_search_is_refused(change, message):
+    """The setting, what it may be and what it was are named."""
+    with pytest.raises(RecipeError, match=message):
+        make(**change)
+
+
 @pytest.mark.parametrize("genome", [(), (0.1, 0.2, 0.3), (0.1, 0.2, 0.3, 1.5), (0.1, 0.2, 0.3, "x")])
 def test_genomes_that_do_not_fit_are_refused(genome):
     """Length, type and bounds are checked before anything is built."""

@@ -9,9 +9,12 @@ from scipy.stats import kstest
 from evomerge.errors import LedgerError
 from evomerge.genome import to_unit
 from evomerge.ledger import Asked
+from evomerge.methods import canonical, check
 from evomerge.recipe import GROUPS, Source, copy_of
 from evomerge.spaces.blend import BlendSpace, ParameterRange, Range
-from evomerge.spaces.proposals import baselines, recipe_of, warmup
+from evomerge.spaces.proposals import applicable, baselines, lacking, named_methods, recipe_of, warmup
+from evomerge.spaces.stack import SakanaSpace
+from evomerge.stages import METHODS
 
 BASE = Source(name="base", path="base", fingerprint="0")
 A, B = (Source(name=name, path=name, fingerprint=name) for name in ("a", "average"))
@@ -148,3 +151,79 @@ def test_a_baseline_that_is_no_more_is_refused():
 
     with pytest.raises(LedgerError, match="makes none of it; use the experiment"):
         recipe_of(baselines(SPACE, (BASE, A, B), (0.3,)), SPACE, event)
+
+
+C = Source(name="c", path="c", fingerprint="c")
+TEXTS = Source(name="calibration", path="texts", fingerprint="t")
+
+
+@pytest.mark.parametrize("sources", [(A,), (A, B), (A, B, C)])
+@pytest.mark.parametrize("base", [None, BASE])
+@pytest.mark.parametrize("texts", [None, TEXTS])
+def test_applicable_methods_are_all_that_can_be_built_each_kind_once(sources, base, texts):
+    """A method is left out for a stated reason, for being a baseline, or for being another one by another name."""
+    space = replace(SPACE, sources=sources, base=base, calibration=texts, methods=("linear",))
+    found = applicable(space)
+    weights = {source.name: 1.0 for source in sources}
+    forms = [canonical(name, weights, {}) for name in found]
+
+    assert len({str(form) for form in forms}) == len(found)
+    for name in found:
+        check(name, weights, {}, name, base is not None)
+        assert texts is not None or not METHODS[name].statistics
+    for name in METHODS.keys() - set(found):
+        assert lacking(space, name) or canonical(name, weights, {}) in [
+            *forms, *(canonical(made, weights, {}) for made in ("linear", "task_arithmetic"))
+        ]  # fmt: skip
+    assert ("slerp" in found, "nearswap" in found) == (len(sources) == 2, len(sources) == 1 and base is not None)
+    assert ("ties" in found and "regmean" in found) == (base is not None and texts is not None)
+
+
+def test_what_a_method_lacks_is_said_with_the_way_out():
+    """Each condition in words; a space of stacks has no texts for its blends."""
+    without = replace(SPACE, base=None, methods=("linear",))
+    stacks = SakanaSpace(sources=(A, B), depth=3, dtype="float32")
+
+    assert "models.base" in lacking(without, "ties")
+    assert "calibration" in lacking(SPACE, "fisher")
+    assert "spaces" not in lacking(replace(SPACE, calibration=TEXTS), "fisher")
+    assert "calibration" in lacking(stacks, "fisher")
+    assert "1 of the 2" in lacking(SPACE, "expo")
+    assert [lacking(SPACE, name) for name in ("ties", "slerp", "karcher")] == ["", "", ""]
+
+
+def test_named_methods_weigh_every_source_with_1_and_have_the_spaces_genome_where_there_is_one():
+    """The recipe is the method at its defaults; the genome decodes to the same recipe, its digest says."""
+    density = ParameterRange(low=0.1, high=0.9, per_source=True, methods=("ties", "dare_linear"))
+    narrow = replace(density, low=0.3)
+    whole = ParameterRange(low=16, high=128, whole=True, methods=("cabs",))
+    space = replace(SPACE, methods=("ties", "dare_linear", "cabs"), parameters={"density": density, "n": whole})
+    names = ["ties", "dare_linear", "cabs", "karcher"]
+    found = named_methods(space, names)
+
+    assert [(p.origin, p.label) for p in found] == [("method", name) for name in names]
+    assert [{str(blend) for blend in p.recipe.blends()} for p in found] == [
+        {str(blend) for blend in space.constant(name, {"a": 1.0, "average": 1.0}).blends()} for name in names
+    ]
+    assert [p.genome for p in found] == [
+        ("ties", 1.0, 1.0, 0.2, 0.2, 72),
+        ("dare_linear", 1.0, 1.0, 0.5, 0.5, 72),
+        ("cabs", 1.0, 1.0, 0.5, 0.5, 64),
+        None,
+    ]
+    assert all(space.decode(p.genome).digest == p.recipe.digest for p in found[:3])
+    # the default of ties, 0.2, lies outside of the bounds; that of dare, 0.5, within
+    other = named_methods(replace(space, parameters={"density": narrow, "n": whole}), names)
+    assert [p.genome is None for p in other] == [True, False, False, True]
+    assert named_methods(SakanaSpace(sources=(A, B), depth=3, dtype="float32"), ["karcher"])[0].genome is None
+    low = named_methods(replace(space, weight=Range(low=0.0, high=0.9)), ["ties"])
+    assert low[0].genome is None
+
+
+def test_warm_starts_are_found_again_by_origin_and_label():
+    """Also one without a genome, and one that is called as a source is."""
+    known = [*baselines(SPACE, (BASE, A, B), (0.3,)), *named_methods(SPACE, ["karcher", "ties"])]
+    known.append(replace(known[-1], origin="file", label="a"))
+
+    for number, proposal in enumerate(known):
+        assert recipe_of(known, SPACE, asked(number, proposal)) == proposal.recipe
