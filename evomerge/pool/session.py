@@ -56,12 +56,12 @@ def living() -> dict[str, float]:
     return {node["NodeID"]: node["Resources"].get("GPU", 0.0) for node in nodes() if node["Alive"]}
 
 
-def memories() -> dict[str, int]:
-    """Return the bytes of memory that each node that lives has for workers, by its name, as Ray counts them."""
+def memories() -> list[tuple[str, int]]:
+    """Return name and bytes of memory for workers, as Ray counts them, of each node that lives."""
     import ray
 
     nodes: Any = ray.nodes  # carries no types
-    return {node["NodeName"]: int(node["Resources"].get("memory", 0)) for node in nodes() if node["Alive"]}
+    return [(node["NodeName"], int(node["Resources"].get("memory", 0))) for node in nodes() if node["Alive"]]
 
 
 def capacity(gpus: float) -> int:

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -102,11 +102,11 @@ class Resources:
             need = f"the run writes at least {size(least)}, and {size(free)} are free"
             raise ExperimentError(f"disk: {need}; {way}{more}")
 
-    def check_cluster(self, nodes: Mapping[str, int]) -> None:
+    def check_cluster(self, nodes: Sequence[tuple[str, int]]) -> None:
         """Refuse more workers than the machines of a cluster have memory for; those that join later may have more.
 
         Args:
-            nodes: the bytes of memory that each has.
+            nodes: name and bytes of memory of each.
 
         Raises:
             ExperimentError: saying for how many there is room.
@@ -114,13 +114,14 @@ class Resources:
         memory = self.memory
         if memory is None or self.actors is None:
             return
-        room = {name: max(0, there // memory.own) for name, there in nodes.items()}
-        if sum(room.values()) < self.actors:
-            each = ", ".join(f"{name} for {count}" for name, count in sorted(room.items()))
-            ways = [f"set ray: {{actors: {sum(room.values())}}}"] if any(room.values()) else []
+        room = [(name, max(0, there // memory.own)) for name, there in sorted(nodes)]
+        fit = sum(count for _, count in room)
+        if fit < self.actors:
+            each = ", ".join(f"{name} for {count}" for name, count in room)
+            ways = [*([f"set ray: {{actors: {fit}}}"] if fit else []), *_ways(memory)]
             raise ExperimentError(
-                f"memory: {self.actors} workers need {size(memory.own)} each for themselves, and the cluster's machines "
-                f"have room for {sum(room.values())} ({each}); {', or '.join([*ways, *_ways(memory)]) or _SMALLER}"
+                f"memory: {self.actors} workers need {size(memory.own)} each for themselves, and the machines of the "
+                f"cluster have room for {fit} ({each}); {', or '.join(ways) or _SMALLER}"
             )
 
     def _check_machine(self, memory: Memory) -> None:
