@@ -1,5 +1,6 @@
 # make demo     set up .venv, then search on the small models that lie here
 # make test     set up .venv with the test extra, then lint and run the tests, but for the slow ones
+# make coverage run all tests and count the lines that they reach, which takes a quarter of an hour
 # make slow     run the slow tests: a cluster that loses nodes, workers and its driver; every method as a warm start
 # make lint     ruff, mypy, import floors
 # make torture  kill a run at random moments (EVOMERGE_SEED) and compare its ledger with the uninterrupted one
@@ -32,14 +33,17 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := test
-.PHONY: demo test slow lint torture claims methods speed fitness engine prefixes cluster stacks search memory lines clean
+.PHONY: demo test coverage slow lint torture claims methods speed fitness engine prefixes cluster stacks search memory lines clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/evomerge run experiments/quickstart.yaml
 
 test: lint
-	$(SINGLE) $(BIN)/python -m pytest -m "not slow" --cov --cov-report=term
+	$(SINGLE) $(BIN)/python -m pytest -m "not slow"
+
+coverage: $(VENV)/.installed-test
+	$(SINGLE) $(BIN)/python -m pytest --cov --cov-report=term
 
 slow: $(VENV)/.installed-test
 	$(SINGLE) $(BIN)/python -m pytest -m slow
