@@ -34,6 +34,7 @@ def ray_session() -> Iterator[None]:
     import ray
 
     ray.init(
+        "local",  # whatever else runs on this machine
         num_cpus=4,
         num_gpus=0,
         include_dashboard=False,

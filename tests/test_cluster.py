@@ -240,9 +240,7 @@ def test_workers_follow_the_nodes(cluster: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     nodes = len(cluster.list_all_nodes()) - 1
     with RayPool(Quick, "per_gpu", gpus=0.5, cpus=0, attempts=1, address="auto") as pool:
-        assert len(pool.workers) == 2 * nodes
-        while len(pool.pids) < 2 * nodes:
-            jobs(pool, 4)
+        until(lambda: jobs(pool, 4) and len(pool.workers) == len(pool.pids) == 2 * nodes)
         before = {*pool.pids}
         leave(cluster)
         until(lambda: sum(map(alive, before)) == 2 * nodes - 2 and len(living()) == nodes)

@@ -148,15 +148,14 @@ def test_a_child_crosses_over_once():
 
 
 def test_parents_complement_each_other():
-    """The second parent is who solves what the first does not: of two pairs of twins, never the twin or the same."""
+    """The second parent is who solves what the first does not: of two pairs of twins, never the twin."""
+    known = tuple(((float(i // 2), i / 10, *(0.5,) * 3), (0.0,)) for i in range(4))
     twins = answers(1, 0), answers(1, 0), answers(0, 1), answers(0, 1)
-    # Each is 1 on an axis of its own, so a child is above 0 on the axes of its parents only.
-    corners = tuple((tuple(float(i == k) for k in range(5)), (0.0,)) for i in range(4))
-    problem = Problem(axes=LINE, objectives=1, seed=1, known=corners, details=twins)
+    problem = Problem(axes=LINE, objectives=1, seed=1, known=known, details=twins)
     driver = M2n2(population=4, mutation_rate=0.0, batch=60).start(problem)
-    parents = {tuple(i for i, x in enumerate(driver.ask()) if x > 0) for _ in range(60)}
 
-    assert parents == {(0, 2), (0, 3), (1, 2), (1, 3)}
+    # Twins have the same first gene, 0 or 1, and so would their children.
+    assert all(0 < driver.ask()[0] < 1 for _ in range(60))
 
 
 def test_moves_are_normal_and_reflected():
